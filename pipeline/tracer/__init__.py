@@ -1,0 +1,164 @@
+"""The edge to the kernel: binds as they happen come in, bursts of fixed-size records go out.
+
+``open_tracer`` chooses how to look (the *tier*) by trying to attach, loads the programs of ``bpf/`` and gives a
+``Tracer``. What a record means is not known here: it is bytes, and ``pipeline.records`` reads them. Loading is hidden
+in one module a loader, so that a kernel that needs another one costs nobody else an import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.errors import TracerUnavailable, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+RING_BYTES = 16 << 20
+"""Default size of the ring: about 39,000 binds."""
+
+MAX_RECORDS = 16384
+"""Default limit of a burst, so that a batch stays bounded however long the reader was away."""
+
+LOCK_PATH = Path("/run/bindsnoop/agent.lock")
+"""Held by the agent of this node as long as it lives."""
+
+TIERS = ("tracepoint",)
+"""Ways to look, best first: ``auto`` takes the first that attaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """What the ring held at one moment, at most ``max_records`` records, oldest first.
+
+    ``records`` is a read-only ``uint8`` array of shape (n, record size), n at least 1, rows ``stride`` bytes apart: a
+    view of the ring's own memory, valid until ``Tracer.release``. ``end`` is the place in the ring behind the last.
+    """
+
+    records: npt.NDArray[np.uint8]
+    end: int
+
+
+class Tracer(Protocol):
+    """A source of bursts. One thread reads; ``counters`` may be called from any.
+
+    ``name`` is the tier, ``hooks`` are the programs that are attached, ``notes`` are sentences about what this tracer
+    cannot see and why, empty when it sees all that its tier can.
+    """
+
+    name: str
+    hooks: Sequence[str]
+    notes: Sequence[str]
+
+    def read(self, timeout_s: float) -> Burst | None:
+        """Waits until a batch worth taking has come, at most ``timeout_s`` seconds, and gives all there is.
+
+        None when nothing came. ``read(0)`` takes what is there without waiting. The records stay in the ring until
+        ``release``; a next ``read`` gives the ones behind them. TracerUnavailable when the ring is not readable.
+        """
+
+    def release(self, burst: Burst) -> None:
+        """Gives the room of this burst, and of every earlier one, back to the kernel.
+
+        Call it when the records are safe: a reader that dies before finds them again in a ring that outlives it.
+        """
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the programs were loaded, never reset: ``attempted``, ``submitted``, ``lost_<cause>``,
+        ``faulted``.
+
+        ``attempted`` is the sum of all the others, exactly so when no bind is under way. Costs no wait.
+        """
+
+    def detach(self) -> None:
+        """Stops tracing. What is in the ring can still be read, and the counters are final from here on."""
+
+    def close(self) -> None:
+        """Detaches, and lets go of the ring and the lock. A second call does nothing.
+
+        Bursts that are still held stay readable.
+        """
+
+
+def open_tracer(
+    tier: str = "auto",
+    *,
+    ring_bytes: int = RING_BYTES,
+    wakeup_bytes: int | None = None,
+    max_records: int = MAX_RECORDS,
+    exclusive: bool = False,
+    lock_path: Path = LOCK_PATH,
+) -> Tracer:
+    """Starts to trace: loads and attaches the programs of ``tier``, or for ``auto`` of the first that attaches.
+
+    ``ring_bytes`` is a power of two and at least a page. The reader is woken when ``wakeup_bytes`` wait (default: a
+    sixteenth of the ring). ``exclusive`` takes the lock at ``lock_path`` first, so that a node has one agent.
+
+    UsageError when an argument is not what is allowed, TracerUnavailable when the kernel or the machine does not let
+    us; its sentence says what is missing.
+    """
+    if tier != "auto" and tier not in TIERS:
+        raise UsageError(f"tier {tier!r} is not available in this version; allowed are auto, {', '.join(TIERS)}")
+    if ring_bytes < mmap.PAGESIZE or ring_bytes & (ring_bytes - 1) or ring_bytes > 1 << 31:
+        raise UsageError(
+            f"a ring of {ring_bytes} bytes is not possible; allowed are powers of two from {mmap.PAGESIZE} to {1 << 31}"
+        )
+    if wakeup_bytes is None:
+        wakeup_bytes = ring_bytes // 16
+    if not 0 < wakeup_bytes <= ring_bytes // 2:
+        raise UsageError(
+            f"waking the reader at {wakeup_bytes} bytes is not possible in a ring of {ring_bytes}; "
+            f"allowed are 1 to {ring_bytes // 2}"
+        )
+    if max_records < 1:
+        raise UsageError(f"a burst of {max_records} records is not possible; allowed are 1 and more")
+
+    from pipeline.tracer import libbpf
+
+    with contextlib.ExitStack() as held:
+        if exclusive:
+            held.callback(os.close, _lock(lock_path))
+        refusals: list[str] = []
+        for name in TIERS if tier == "auto" else (tier,):
+            try:
+                opened = libbpf.open_tier(
+                    name, ring_bytes=ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records
+                )
+            except TracerUnavailable as refusal:
+                refusals.append(str(refusal))
+            else:
+                opened.held.push(held.pop_all())
+                return opened
+        raise TracerUnavailable("; ".join(refusals))
+
+
+def _lock(path: Path) -> int:
+    """Descriptor of the lock file, locked and with our pid in it; the lock ends with the descriptor."""
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise TracerUnavailable(
+            f"the lock {path} of this node's agent cannot be opened: {error.strerror}; its folder must be writable"
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        other = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise TracerUnavailable(
+            f"another agent traces this node already (pid {other} holds {path}); "
+            "a node has one agent, stop that one first"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    return descriptor

@@ -1,0 +1,1 @@
+"""Parts of tests that run in, or next to, the kernel."""
