@@ -48,7 +48,7 @@ class AgentConfig:
 
     topic: str | None
     files: Path | None
-    bootstrap_servers: str
+    bootstrap_servers: str | None
     schema_registry: str | None
     register_schema: bool
     create_topic: bool
@@ -81,7 +81,7 @@ class ReplayConfig:
 
     topic: str | None
     files: tuple[Path, ...]
-    bootstrap_servers: str
+    bootstrap_servers: str | None
     schema_registry: str | None
     properties: Mapping[str, str]
     properties_file: Path | None
@@ -433,7 +433,10 @@ OPTIONS: tuple[Option, ...] = (
         "files", _PATHS, "Read these files, and what lies below these folders.", _R, _SOURCE,
         many=True, separator=os.pathsep, greedy=True,
     ),
-    Option("bootstrap-servers", _SERVERS, "Addresses of Kafka brokers.", _A + _R, _KAFKA, "localhost:9092"),
+    Option(
+        "bootstrap-servers", _SERVERS,
+        "Addresses of Kafka brokers; without any, also in -X and --properties, localhost:9092.", _A + _R, _KAFKA,
+    ),
     Option("schema-registry", _URL, "Schema registry with Confluent's API.", _A + _R, _KAFKA),
     Option("register-schema", BOOLEAN, "Register the schema if the registry lacks it.", _A, _KAFKA, "false"),
     Option("create-topic", BOOLEAN, "Create the topic if it is missing.", _A, _KAFKA, "false"),

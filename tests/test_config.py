@@ -75,7 +75,7 @@ def test_defaults() -> None:
     """What the documents promise without any option."""
     asked = replay()
 
-    assert (asked.bootstrap_servers, asked.ignore_errors, asked.columns) == ("localhost:9092", True, "trace-bind")
+    assert (asked.bootstrap_servers, asked.ignore_errors, asked.columns) == (None, True, "trace-bind")
     assert (asked.output, asked.time, asked.info, asked.files, asked.ports) == ("columns", False, False, (), ())
     assert config.parse("live", [], {}, system_file=NOWHERE).columns == "ig"
 

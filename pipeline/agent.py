@@ -1,0 +1,417 @@
+"""bindsnoop-agent: from this node's kernel to files and Kafka, for ever.
+
+In: the ring of the tracer. Out: an archive (``--files``), a topic (``--topic``), or both. ``carry`` is the whole path
+of a burst; ``run`` is the loop around it. Records leave the ring only when they are in the archive or in the queue for
+the topic. What a destination could not be given is declared in the stream, as a ``loss`` record with its positions.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pipeline import config, event, telemetry
+from pipeline.errors import BindsnoopError, SinkUnavailable, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline import archive, testimony, topic
+    from pipeline.tracer import Burst, Tracer
+
+
+class Batch(NamedTuple):
+    """Encoded records: ``datums`` one Avro datum each, ``times`` timestamp[us], ``first_pos`` the pos of the first."""
+
+    datums: pa.BinaryArray
+    times: pa.Array
+    first_pos: int
+
+    @property
+    def last_pos(self) -> int:
+        """Pos of the last record."""
+        return self.first_pos + len(self.datums) - 1
+
+
+class Undelivered(NamedTuple):
+    """Records that a destination will not get: positions, both included, and the cause."""
+
+    first_pos: int
+    last_pos: int
+    cause: str
+
+
+class Sink(Protocol):
+    """A destination. ``put`` never waits for one that is away; what was given up for that comes out of ``tick``."""
+
+    name: str
+
+    def put(self, batch: Batch) -> None:
+        """Take the batch; return when it is as safe as this destination makes it."""
+
+    def tick(self) -> list[Undelivered]:
+        """Called at every turn of the loop: rotate, retry, and say what was given up since the last call."""
+
+    def close(self, budget_secs: float) -> int:
+        """Deliver what is left within the budget; return how many records were not."""
+
+
+class Files:
+    """The archive as a sink. While the disk refuses, batches are held up to ``hold_bytes``, then the oldest goes."""
+
+    def __init__(self, writer: archive.Writer, directory: Path, hold_bytes: int, log: telemetry.Log) -> None:
+        self.name = f"files {directory}"
+        self._writer = writer
+        self._hold_bytes = hold_bytes
+        self._log = log
+        self._held: deque[Batch] = deque()
+        self._held_bytes = 0
+        self._refused: str | None = None
+        self._given_up: list[Undelivered] = []
+
+    def put(self, batch: Batch) -> None:
+        """Write the batch to disk, behind what is held."""
+        self._held.append(batch)
+        self._held_bytes += batch.datums.nbytes
+        self._write()
+        while self._held_bytes > self._hold_bytes and len(self._held) > 1:
+            oldest = self._held.popleft()
+            self._held_bytes -= oldest.datums.nbytes
+            self._given_up.append(Undelivered(oldest.first_pos, oldest.last_pos, self._refused or "not written"))
+
+    def tick(self) -> list[Undelivered]:
+        """Rotate segments, delete what retention ends, and say what was given up."""
+        if self._held:
+            self._write()
+        else:
+            try:
+                for gone in self._writer.tick():
+                    self._log.info(
+                        "A segment was deleted, as --keep-bytes and --keep-age say.",
+                        path=gone.path,
+                        epoch=gone.epoch,
+                        first_pos=gone.first_pos,
+                        records=gone.count,
+                    )
+            except SinkUnavailable as error:
+                self._away(error)
+        given_up, self._given_up = self._given_up, []
+        return given_up
+
+    def close(self, budget_secs: float) -> int:  # noqa: ARG002 - a disk answers at once or not at all
+        """Close the segment; what is still held is lost."""
+        self._write()
+        try:
+            self._writer.close()
+        except SinkUnavailable as error:
+            self._away(error)
+        return sum(len(batch.datums) for batch in self._held)
+
+    def _write(self) -> None:
+        try:
+            while self._held:
+                batch = self._held[0]
+                self._writer.write(batch.datums, batch.first_pos, batch.times)
+                self._held_bytes -= self._held.popleft().datums.nbytes
+        except SinkUnavailable as error:
+            self._away(error)
+        else:
+            if self._refused is not None:
+                self._log.info("The archive can be written again.", files=self.name)
+                self._refused = None
+
+    def _away(self, error: SinkUnavailable) -> None:
+        if self._refused is None:
+            self._log.error(str(error), files=self.name)
+        self._refused = str(error)
+
+
+class Topic:
+    """A Kafka topic as a sink: a bounded queue, and a thread that delivers it in order."""
+
+    def __init__(self, delivery: topic.Delivery, name: str) -> None:
+        self.name = f"topic {name}"
+        self._delivery = delivery
+
+    def put(self, batch: Batch) -> None:
+        """Queue the batch; when the queue is full its oldest batch is given up."""
+        self._delivery.put(batch.datums, batch.first_pos)
+
+    def tick(self) -> list[Undelivered]:
+        """What was given up or refused since the last call."""
+        return [Undelivered(gone.first_pos, gone.last_pos, gone.reason) for gone in self._delivery.take_dropped()]
+
+    def close(self, budget_secs: float) -> int:
+        """Deliver what is queued within the budget."""
+        return self._delivery.drain(budget_secs)
+
+
+class Clock:
+    """Wall clock and boot clock of the kernel; ``offset_ns`` is what turns the second into the first, measured now."""
+
+    def offset_ns(self) -> int:
+        """Nanoseconds from CLOCK_BOOTTIME to UTC."""
+        # The reading of the wall clock lies between two of the boot clock: half their distance is the largest error.
+        before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        wall = time.time_ns()
+        after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return wall - (before + after) // 2
+
+    def now_us(self) -> int:
+        """UTC, microseconds since 1970."""
+        return time.time_ns() // 1000
+
+
+def carry(burst: Burst, offset_ns: int, stream: testimony.Stream) -> pa.RecordBatch:
+    """The path of a burst: from the kernel's records to numbered events."""
+    from pipeline import enrich, records
+
+    batch = records.decode(burst.records, offset_ns)
+    batch = enrich.enrich(batch)
+    return stream.number(batch)
+
+
+class Ledger:
+    """What one destination was not given and the stream has not yet told it; neighbouring ranges are one.
+
+    A declaration is a record like any other and may be given up too. What it said is then said again.
+    """
+
+    def __init__(self) -> None:
+        self._gaps: list[Undelivered] = []
+        self._declared: list[tuple[int, Undelivered]] = []
+
+    def add(self, gaps: Iterable[Undelivered]) -> None:
+        """Note what the destination gave up, oldest first."""
+        for gap in gaps:
+            for pos, said in self._declared:
+                if gap.first_pos <= pos <= gap.last_pos:
+                    self._note(said)
+            # Batches are given up oldest first: what was declared before this one has arrived.
+            self._declared = [(pos, said) for pos, said in self._declared if pos > gap.last_pos]
+            self._note(gap)
+
+    def take(self) -> list[Undelivered]:
+        """Everything that is to be declared now."""
+        gaps, self._gaps = self._gaps, []
+        return gaps
+
+    def declared(self, gap: Undelivered, pos: int) -> None:
+        """The record at ``pos`` declares ``gap``."""
+        self._declared.append((pos, gap))
+
+    def _note(self, gap: Undelivered) -> None:
+        last = self._gaps[-1] if self._gaps else None
+        if last and last.last_pos + 1 == gap.first_pos and last.cause == gap.cause:
+            self._gaps[-1] = last._replace(last_pos=gap.last_pos)
+        else:
+            self._gaps.append(gap)
+
+
+def run(
+    tracer: Tracer,
+    stream: testimony.Stream,
+    sinks: Sequence[Sink],
+    *,
+    clock: Clock,
+    log: telemetry.Log,
+    stopping: Callable[[], bool],
+    max_delay_secs: float,
+    budget_secs: float,
+    start_message: str,
+) -> int:
+    """Carry bursts until ``stopping``; return how many records some destination did not get in the end."""
+    from pipeline import avro
+
+    read = 0
+    ledgers = [(sink, Ledger()) for sink in sinks]
+
+    def counters() -> Mapping[str, int]:
+        return {**tracer.counters(), "read": read}
+
+    def emit(numbered: pa.RecordBatch) -> None:
+        batch = Batch(avro.encode(numbered), numbered.column("time"), numbered.column("pos")[0].as_py())
+        for sink in sinks:
+            sink.put(batch)
+
+    def take(timeout_secs: float) -> bool:
+        nonlocal read
+        burst = tracer.read(timeout_secs)
+        if burst is None:
+            return False
+        emit(carry(burst, clock.offset_ns(), stream))
+        tracer.release(burst)
+        read += len(burst.records)
+        return True
+
+    def tick() -> None:
+        for sink, ledger in ledgers:
+            ledger.add(sink.tick())
+
+    def declare() -> None:
+        tick()
+        for sink, ledger in ledgers:
+            for gap in ledger.take():
+                ledger.declared(gap, stream.next_pos)
+                lost = stream.undelivered(clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos)
+                log.error(lost.column("message")[0].as_py())
+                emit(lost)
+
+    emit(stream.start(clock.now_us(), start_message, counters()))
+    while not stopping():
+        take(max_delay_secs)
+        tick()
+        if stream.due(time.monotonic()):
+            declare()
+            emit(_checked(stream.checkpoint(clock.now_us(), time.monotonic(), counters()), log))
+
+    # What was bound until now is in the ring, and nothing comes after it.
+    tracer.detach()
+    while take(0):
+        pass
+    declare()
+    emit(_checked(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"), log))
+    deadline = time.monotonic() + budget_secs
+    left = 0
+    for sink in sinks:
+        missing = sink.close(max(0.0, deadline - time.monotonic()))
+        left += missing
+        if missing:
+            log.error("Records were not delivered before the agent had to end.", destination=sink.name, records=missing)
+    return left
+
+
+def _checked(batch: pa.RecordBatch, log: telemetry.Log) -> pa.RecordBatch:
+    for kind, message in zip(batch.column("kind").to_pylist(), batch.column("message").to_pylist(), strict=True):
+        if kind == "loss":
+            log.error("Attempts were lost before they could be read.", message=message)
+    return batch
+
+
+def start_message(tracer: Tracer) -> str:
+    """One sentence for the ``start`` record: the program, the tracer, and what this tracer cannot see."""
+    from pipeline import __version__
+
+    blind = "; ".join(tracer.notes)
+    return f"bindsnoop {__version__} traces with {tracer.name} ({', '.join(tracer.hooks)})" + (
+        f"; {blind}" if blind else ""
+    )
+
+
+def framing(settings: config.AgentConfig) -> Callable[[pa.BinaryArray], list[bytes]]:
+    """How datums become messages: Confluent framing with a registry, Avro's single-object framing without.
+
+    The registry is asked when the first batch is sent, not at start: one that is down delays delivery, never capture.
+    """
+    from pipeline import avro, registry
+
+    if settings.schema_registry is None:
+        return avro.single_object
+    known = registry.Registry(settings.schema_registry)
+    subject = f"{settings.topic}-value"
+    ids: list[int] = []
+
+    def frame(datums: pa.BinaryArray) -> list[bytes]:
+        if not ids:
+            ask = known.register if settings.register_schema else known.lookup
+            ids.append(ask(subject, event.schema_text()))
+        return avro.confluent(datums, ids[0])
+
+    return frame
+
+
+def sinks_of(settings: config.AgentConfig, epoch: str, log: telemetry.Log) -> list[Sink]:
+    """The destinations that the settings name."""
+    made: list[Sink] = []
+    if settings.files is not None:
+        from pipeline import archive
+
+        writer = archive.Writer(
+            settings.files,
+            node=settings.node,
+            epoch=epoch,
+            segment_bytes=settings.segment_bytes,
+            segment_secs=settings.segment_age,
+            keep_bytes=settings.keep_bytes,
+            keep_secs=settings.keep_age,
+            now=time.time,
+        )
+        made.append(Files(writer, settings.files, settings.queue_bytes, log))
+    if settings.topic is not None:
+        from pipeline import topic
+
+        client = topic.settings(settings.bootstrap_servers, settings.properties, settings.properties_file)
+        create = topic.Creation(partitions=1) if settings.create_topic else None
+        publisher = topic.Publisher(settings.topic, client, key=settings.node, create=create, say=log.say)
+        delivery = topic.Delivery(
+            publisher,
+            frame=framing(settings),
+            queue_bytes=settings.queue_bytes,
+            linger_secs=settings.linger,
+            say=log.say,
+        )
+        made.append(Topic(delivery, settings.topic))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``bindsnoop-agent``."""
+    try:
+        settings = config.parse("agent", sys.argv[1:] if argv is None else argv, os.environ)
+    except UsageError as error:
+        print(f"bindsnoop-agent: {event.one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
+    log = telemetry.Log(settings.log_level, sys.stderr)
+    stops: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, _frame: stops.append(signum))
+    try:
+        return _main(settings, log, lambda: bool(stops))
+    except BindsnoopError as error:
+        log.error(str(error))  # noqa: TRY400 - one sentence, never a traceback
+        return error.exit_code
+
+
+def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[], bool]) -> int:
+    from pipeline.tracer import open_tracer
+
+    # First of all: from here on the kernel keeps what is bound while the rest is loaded.
+    tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes, exclusive=True, lock_path=settings.lock)
+    try:
+        from pipeline import testimony
+
+        clock = Clock()
+        epoch = testimony.new_epoch(clock.now_us() // 1000, secrets.randbits(16))
+        stream = testimony.Stream(
+            settings.node,
+            epoch,
+            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            monotonic=time.monotonic(),
+            checkpoint_records=settings.checkpoint_records,
+            checkpoint_secs=settings.checkpoint_age,
+        )
+        sinks = sinks_of(settings, epoch, log)
+        message = start_message(tracer)
+        log.info(message, node=settings.node, epoch=epoch, to=", ".join(sink.name for sink in sinks))
+        left = run(
+            tracer,
+            stream,
+            sinks,
+            clock=clock,
+            log=log,
+            stopping=stopping,
+            max_delay_secs=settings.max_delay,
+            budget_secs=settings.shutdown,
+            start_message=message,
+        )
+        log.info("The agent has stopped.", records=stream.next_pos, undelivered=left)
+        return 3 if left else 0
+    finally:
+        tracer.close()

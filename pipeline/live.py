@@ -1,0 +1,90 @@
+"""bindsnoop: the binds of this host as they happen, without any server.
+
+In: the ring of the tracer. Out: columns or JSON on standard output, the header at once, everything else on standard
+error. Nothing is kept: what is to be asked about later, ``bindsnoop-agent`` records.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import config, event
+from pipeline.errors import BindsnoopError
+
+_DELAY_SECS = 0.1
+"""How long a bind may wait in the ring."""
+
+_LOOK_SECS = 1.0
+"""How often the counters are asked whether something was lost."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``bindsnoop``."""
+    try:
+        return _main(config.parse("live", sys.argv[1:] if argv is None else argv, os.environ))
+    except BindsnoopError as error:
+        print(f"bindsnoop: {event.one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # Whoever reads has enough. Python would try to flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(settings: config.LiveConfig) -> int:
+    from pipeline.tracer import open_tracer
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes)
+    try:
+        import pyarrow as pa
+
+        from pipeline import enrich, records, select, testimony
+        from pipeline.render.printer import Printer
+
+        printer = Printer(settings.output, settings.columns, time=settings.time)
+        out = sys.stdout.buffer
+        wanted = select.Filter(
+            pids=settings.pids, ports=settings.ports, ignore_errors=settings.ignore_errors, info=settings.info
+        )
+        stream = testimony.Stream(
+            settings.node,
+            testimony.new_epoch(time.time_ns() // 1_000_000, os.getpid()),
+            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            monotonic=time.monotonic(),
+        )
+
+        def show(batch: pa.RecordBatch) -> None:
+            text, own = printer.text(select.select(batch, wanted).batch)
+            out.write(text)
+            out.flush()
+            for line in own:
+                print(line, file=sys.stderr, flush=True)
+
+        for note in tracer.notes:
+            print(f"bindsnoop: {note}", file=sys.stderr)
+        out.write(printer.header)
+        out.flush()
+        show(stream.start(time.time_ns() // 1000, f"bindsnoop traces with {tracer.name}", tracer.counters()))
+        look = time.monotonic() + _LOOK_SECS
+        while True:
+            burst = tracer.read(_DELAY_SECS)
+            if burst is not None:
+                offset_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+                batch = records.decode(burst.records, offset_ns)
+                tracer.release(burst)
+                show(stream.number(enrich.enrich(batch)))
+            if time.monotonic() >= look:
+                look = time.monotonic() + _LOOK_SECS
+                lost = stream.lost(time.time_ns() // 1000, tracer.counters())
+                if lost is not None:
+                    show(lost)
+    finally:
+        tracer.close()

@@ -1,0 +1,310 @@
+"""bindsnoop-replay: from a topic or files to columns, JSON or a count; read-only, bounded at start.
+
+In: a topic (``--topic``), files (``--files``), or both, the topic first. Out: text on standard output; everything else
+on standard error. ``found`` is the whole reading path, ``show`` the whole printing path. What could not be read is
+said, with its place and the reason, and ends the command with 3; it never stops what can still be read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from pipeline import config, event, telemetry
+from pipeline.errors import BindsnoopError, Damaged, SchemaUnknown, SourceUnavailable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline import avro, select, topic
+    from pipeline.render.printer import Printer
+
+SHOWN, NOTHING, UNREADABLE = 0, 1, 3
+
+
+class Found(NamedTuple):
+    """Events in the order of their source; ``done`` of ``total`` messages are behind with them, where that is known."""
+
+    batch: pa.RecordBatch
+    done: int | None = None
+    total: int | None = None
+
+
+class Unread(NamedTuple):
+    """Something that could not be read: where, why, how many records at least, and whether that is damage."""
+
+    place: str
+    reason: str
+    records: int = 1
+    damage: bool = True
+
+
+class Schemas:
+    """Finds the schema that a message was written with: by the fingerprint in it, or by its id in a registry.
+
+    Where there is no registry, or it does not answer, ids are tried with the schema that this program carries: every
+    datum must then fit it to its last byte, and ``say`` is told that this was done.
+    """
+
+    def __init__(self, url: str | None, say: Callable[[str], None]) -> None:
+        self._url = url
+        self._say = say
+        self._known: dict[int, avro.Schema] = {}
+
+    def say_level(self, _level: str, sentence: str) -> None:
+        """What the topic has to say while it is read."""
+        self._say(sentence)
+
+    def resolve(self, key: int | bytes) -> avro.Schema:
+        """The schema of a fingerprint or an id. SchemaUnknown or SchemaRefused when it cannot be used."""
+        from pipeline import avro
+
+        if isinstance(key, bytes):
+            return avro.by_fingerprint(key)
+        if key not in self._known:
+            self._known[key] = self._ask(key)
+        return self._known[key]
+
+    def _ask(self, key: int) -> avro.Schema:
+        from pipeline import avro, registry
+
+        if self._url is None:
+            why = "no --schema-registry was given"
+        else:
+            try:
+                return avro.admit(registry.Registry(self._url, unavailable=SourceUnavailable).by_id(key))
+            except (SourceUnavailable, SchemaUnknown) as error:
+                why = str(error).rstrip(".")
+        self._say(f"schema id {key} is read as the schema that this program carries, because {why}")
+        return avro.ours()
+
+
+def found(settings: config.ReplayConfig, schemas: Schemas) -> Iterator[Found | Unread]:
+    """The reading path: every event of the sources, in order, and in its place what could not be read."""
+    if settings.topic is not None:
+        from pipeline import topic
+
+        # Without --follow trouble ends the command, in one sentence; with it, it passes, and is said meanwhile.
+        say = schemas.say_level if settings.follow else lambda _level, _sentence: None
+        parts = topic.read(settings.topic, _client(settings), start=_start(settings), follow=settings.follow, say=say)
+        yield from _decoded(settings.topic, parts, schemas)
+    if settings.files:
+        yield from _from_files(settings)
+
+
+def last(settings: config.ReplayConfig, schemas: Schemas, wanted: select.Filter, tally: Tally) -> list[pa.RecordBatch]:
+    """The reading path of ``--tail N``: the last N attempts that match, and what the stream says among them."""
+    assert settings.tail is not None
+    tail: deque[pa.RecordBatch] = deque()
+    binds = 0
+    if settings.files:
+        for batch in selected(_from_files(settings), wanted, tally):
+            tail.append(batch)
+            binds += _binds(batch)
+            while binds - _binds(tail[0]) >= settings.tail:
+                binds -= _binds(tail.popleft())
+    if settings.topic is not None and binds < settings.tail:
+        from pipeline import topic
+
+        parts = topic.read_backwards(settings.topic, _client(settings), start=_start(settings))
+        for batch in selected(_decoded(settings.topic, parts, schemas), wanted, tally):
+            tail.appendleft(batch)
+            binds += _binds(batch)
+            if binds >= settings.tail:
+                break
+    if binds > settings.tail:
+        tail[0] = _without_first_binds(tail[0], binds - settings.tail)
+    return list(tail)
+
+
+def _binds(batch: pa.RecordBatch) -> int:
+    import pyarrow.compute as pc
+
+    return int(pc.sum(pc.equal(batch.column("type"), "normal")).as_py() or 0)
+
+
+def _without_first_binds(batch: pa.RecordBatch, count: int) -> pa.RecordBatch:
+    import pyarrow.compute as pc
+
+    places = pc.indices_nonzero(pc.equal(batch.column("type"), "normal"))
+    return batch.slice(places[count].as_py()) if count < len(places) else batch.slice(batch.num_rows)
+
+
+def _client(settings: config.ReplayConfig) -> dict[str, str]:
+    from pipeline import topic
+
+    return topic.settings(settings.bootstrap_servers, settings.properties, settings.properties_file)
+
+
+def _start(settings: config.ReplayConfig) -> topic.Start:
+    from pipeline import topic
+
+    return topic.Start.beginning() if settings.since_us is None else topic.Start.time(settings.since_us)
+
+
+def _decoded(name: str, parts: Iterable[topic.Messages | topic.Unread], schemas: Schemas) -> Iterator[Found | Unread]:
+    from pipeline import avro, topic
+
+    for part in parts:
+        if isinstance(part, topic.Unread):
+            count = part.end - part.start
+            yield Unread(f"topic {name}[{part.partition}] offsets {part.start} to {part.end - 1}", part.reason, count)
+            continue
+        decoded = avro.decode_messages(part.values, schemas.resolve)
+        for bad in decoded.bad:
+            yield Unread(f"topic {name}[{part.partition}] offset {part.offset(bad.index)}", bad.reason)
+        yield Found(decoded.batch, part.done, part.total)
+
+
+def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
+    from pipeline import archive, avro
+
+    for part in archive.read(settings.files, settings.since_us, settings.until_us):
+        if isinstance(part, archive.Unread):
+            yield Unread(f"{part.path} bytes {part.start} to {part.end}", part.reason, damage=part.damage)
+            continue
+        try:
+            yield Found(avro.decode_block(part.payload, part.count, avro.admit(part.schema_text)))
+        except Damaged:
+            # Small blocks come together; the others of them may still be whole.
+            for block in part.split():
+                try:
+                    yield Found(avro.decode_block(block.payload, block.count, avro.admit(block.schema_text)))
+                except Damaged as error:
+                    yield Unread(f"{block.path} block at byte {block.offset}", str(error), block.count)
+
+
+class Tally:
+    """What a replay read, showed and could not read. The first few of each kind of damage are said as they come."""
+
+    _SAID_AT_ONCE = 10
+
+    def __init__(self, say: Callable[[str], None], progress: telemetry.Progress) -> None:
+        self.read = self.shown = self.hidden_failures = 0
+        self.skipped: Counter[str] = Counter()
+        self.damaged = False
+        self._progress = progress
+        self._say = say
+        self._said: Counter[str] = Counter()
+
+    def found(self, part: Found) -> None:
+        """Count what was read."""
+        self.read += part.batch.num_rows
+        self._progress.at(self.read if part.done is None else part.done, total=part.total)
+
+    def unread(self, part: Unread) -> None:
+        """Count what could not be read, and say where it is."""
+        # Reasons hold numbers and bytes: what they have in common is one kind.
+        kind = re.sub(r"\b[0-9A-F]{2}( [0-9A-F]{2})+\b|[0-9]+", "…", part.reason).rstrip(".")
+        if part.damage:
+            self.damaged = True
+            self.skipped[kind] += part.records
+        self._said[kind] += 1
+        if self._said[kind] <= self._SAID_AT_ONCE:
+            self._say(f"{part.place}: {part.reason}")
+        elif self._said[kind] == self._SAID_AT_ONCE + 1:
+            self._say("more of this kind are counted and not said one by one")
+
+
+def selected(parts: Iterable[Found | Unread], wanted: select.Filter, tally: Tally) -> Iterator[pa.RecordBatch]:
+    """What of the events a reader asked for, batch by batch; empty ones are left out."""
+    from pipeline import select
+
+    for part in parts:
+        if isinstance(part, Unread):
+            tally.unread(part)
+            continue
+        tally.found(part)
+        chosen = select.select(part.batch, wanted)
+        tally.hidden_failures += chosen.hidden_failures
+        tally.shown += chosen.batch.num_rows - chosen.own
+        if chosen.batch.num_rows:
+            yield chosen.batch
+
+
+def show(batches: Iterable[pa.RecordBatch], printer: Printer, out: IO[bytes], say: Callable[[str], None]) -> None:
+    """The printing path: events to standard output, the stream's own records where the form says."""
+    for batch in batches:
+        text, own = printer.text(batch)
+        out.write(text)
+        out.flush()
+        for line in own:
+            say(line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``bindsnoop-replay``."""
+    try:
+        settings = config.parse("replay", sys.argv[1:] if argv is None else argv, os.environ)
+        return _main(settings)
+    except BindsnoopError as error:
+        print(f"bindsnoop-replay: {event.one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # Whoever reads has enough. Python would try to flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SHOWN
+
+
+def _main(settings: config.ReplayConfig) -> int:
+    from pipeline import select
+    from pipeline.render.printer import Printer
+
+    if settings.topic is not None:
+        _client(settings)  # a wrong setting is said before anything is shown
+    out = sys.stdout.buffer
+    # Before anything is looked for: whoever waits sees that the command has begun.
+    printer = Printer(settings.output, settings.columns, time=settings.time)
+    if not settings.count:
+        out.write(printer.header)
+        out.flush()
+    terminal = sys.stderr.isatty()
+    wanted = settings.progress == "auto" and not settings.follow and not (sys.stdout.isatty() and not settings.count)
+    progress = telemetry.Progress(sys.stderr, wanted=wanted)
+
+    def say(sentence: str) -> None:
+        with progress.cleared():
+            print(event.one_line(sentence), file=sys.stderr, flush=True)
+
+    tally = Tally(say, progress)
+    schemas = Schemas(settings.schema_registry, say)
+    filter_ = select.Filter(
+        pids=settings.pids,
+        ports=settings.ports,
+        ignore_errors=settings.ignore_errors,
+        since_us=settings.since_us,
+        until_us=settings.until_us,
+        info=settings.info,
+        nodes=settings.nodes,
+    )
+    interrupted = False
+    try:
+        if settings.tail is not None:
+            batches: Iterable[pa.RecordBatch] = last(settings, schemas, filter_, tally)
+            tally.shown = sum(map(_binds, batches))
+        else:
+            batches = selected(found(settings, schemas), filter_, tally)
+        if settings.count:
+            for _ in batches:
+                pass
+            out.write(f"{tally.shown}\n".encode())
+            out.flush()
+        else:
+            show(batches, printer, out, say)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        progress.close()
+    if interrupted and not settings.follow:
+        say("interrupted: what follows was not read")
+    totals = telemetry.Totals(tally.read, tally.shown, tally.hidden_failures, tally.skipped, progress.seconds)
+    line = telemetry.closing_line(totals, terminal=terminal)
+    if line is not None:
+        say(line)
+    if tally.damaged or (interrupted and not settings.follow):
+        return UNREADABLE
+    return SHOWN if tally.shown or settings.follow else NOTHING

@@ -1,0 +1,382 @@
+"""bindsnoop-agent as a user runs it: from real binds of this kernel to files and a real Kafka, and back by replay."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import stored
+from tests.broker import Kafka, Registry, free_ports, kafka, registry
+from tests.commands import BIN, agent_running, environment, replay, run, until
+
+ME = str(os.getpid())
+
+
+def bound() -> tuple[socket.socket, int]:
+    """A socket of this process that has a port, and the port."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    return sock, sock.getsockname()[1]
+
+
+def some_binds(count: int = 3) -> list[int]:
+    """Bind so many sockets one after the other; their ports."""
+    found = []
+    for _ in range(count):
+        sock, port = bound()
+        sock.close()
+        found.append(port)
+    return found
+
+
+def events(*source: object) -> list[dict[str, Any]]:
+    """Everything that replay reads from a source, with the stream's own records, as json-full."""
+    done = replay(*source, "-i=false", "--info", "-o", "json-full")
+    assert done.code in (0, 1), done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def mine(found: list[dict[str, Any]]) -> list[int]:
+    """Ports of this process's binds."""
+    return [event["port"] for event in found if event.get("pid") == os.getpid()]
+
+
+def test_files(tmp_path: Path) -> None:
+    """Every bind while the agent runs is in the archive, from start to stop, each position once and without a hole."""
+    with agent_running("--files", str(tmp_path)) as agent:
+        ports = some_binds(50)
+
+    found = events("--files", tmp_path)
+    assert mine(found) == ports
+    assert [event["pos"] for event in found] == list(range(len(found)))
+    assert ("start", "stop") == (found[0]["kind"], found[-1]["kind"])
+    assert {event["node"] for event in found} == {"node-1"}
+    assert len({event["epoch"] for event in found}) == 1
+    assert agent.code == 0
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_accounting(tmp_path: Path) -> None:
+    """At the end attempted = read + lost, and as many attempts are in the archive as were read."""
+    with agent_running("--files", str(tmp_path)):
+        some_binds(200)
+
+    found = events("--files", tmp_path)
+    counts = found[-1]["testimony"]["counts"]
+    binds = [event for event in found if event["kind"] == "bind"]
+    lost = sum(value for name, value in counts.items() if name.startswith("lost_"))
+    assert counts["read"] == len(binds) >= 200
+    assert counts["attempted"] == counts["submitted"] + lost + counts["faulted"]
+    assert counts["submitted"] == counts["read"]
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    """A checkpoint follows when enough records have been written, and speaks of every position before it."""
+    with agent_running("--files", str(tmp_path), "--checkpoint-records", "20"):
+        for _ in range(3):
+            some_binds(30)
+            until(lambda: _checkpoints(tmp_path) > 0)
+
+    found = events("--files", tmp_path)
+    spans = [
+        (event["testimony"]["first_pos"], event["testimony"]["last_pos"])
+        for event in found
+        if event["kind"] == "checkpoint"
+    ]
+    assert len(spans) >= 2
+    assert spans[0][0] == 0
+    assert all(later[0] == earlier[1] + 1 for earlier, later in itertools.pairwise(spans))
+
+
+def _checkpoints(folder: Path) -> int:
+    done = replay("--files", folder, "--info", "-o", "json")
+    return done.out.count('"message":"checkpoint of')
+
+
+@pytest.mark.parametrize("with_registry", [True, False], ids=["registry", "no registry"])
+def test_topic(kafka: Kafka, registry: Registry, topic: str, with_registry: bool) -> None:
+    """Binds travel from the kernel through Kafka to the documented line, with a registry and without one."""
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    where += ["--schema-registry", registry.url] if with_registry else []
+    extra = ["--register-schema"] if with_registry else []
+    with agent_running(*where, *extra, "--create-topic") as agent:
+        ports = some_binds(20)
+
+    done = replay(*where, "--pid", ME, "-o", "json")
+    assert [json.loads(line)["port"] for line in done.out.splitlines()] == ports
+    assert ("", 0) == (done.err, done.code)
+    found = events(*where)
+    assert [event["pos"] for event in found] == list(range(len(found)))
+    assert agent.code == 0
+
+
+def test_files_and_topic_hold_the_same(kafka: Kafka, topic: str, tmp_path: Path) -> None:
+    """With both destinations the same records are in both, byte for byte as json-full shows them."""
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    with agent_running(*where, "--create-topic", "--files", str(tmp_path)):
+        some_binds(20)
+
+    assert events(*where) == events("--files", tmp_path)
+
+
+def test_live_view_of_a_topic(kafka: Kafka, topic: str) -> None:
+    """replay --follow shows a bind while the agent runs."""
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    stored.make_topic(kafka.bootstrap, topic)
+    with (
+        agent_running(*where),
+        subprocess.Popen(
+            [BIN / "bindsnoop-replay", *where, "--follow", "--pid", ME, "-o", "custom-columns=port"],
+            stdout=subprocess.PIPE, text=True, env=environment(),
+        ) as follower,
+    ):  # fmt: skip
+        assert follower.stdout is not None
+        header = follower.stdout.readline().strip()
+        ports = some_binds(2)
+        shown = [int(follower.stdout.readline()) for _ in ports]
+        follower.send_signal(signal.SIGINT)
+
+    assert ("PORT", ports) == (header, shown)
+
+
+def test_broker_down_at_start(topic: str) -> None:
+    """An agent whose broker is away keeps the events, says so once, and delivers them when it comes."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
+    with agent_running(*where, "--create-topic") as agent:
+        ports = some_binds(10)
+        with kafka(port=port) as late:
+            until(lambda: mine(events_or_none(*where))[: len(ports)] == ports, 30)
+            assert late.bootstrap == f"127.0.0.1:{port}"
+
+    assert "cannot be reached" in agent.talk
+    assert len(agent.talk.splitlines()) < 12
+
+
+def events_or_none(*source: object) -> list[dict[str, Any]]:
+    """As ``events``; nothing while the source cannot be reached."""
+    done = replay(*source, "-i=false", "--info", "-o", "json-full")
+    return [json.loads(line) for line in done.out.splitlines()] if done.code in (0, 1) else []
+
+
+def test_registry_down_at_start(kafka: Kafka, topic: str) -> None:
+    """An agent whose registry is away keeps the events, says so, and delivers them when it comes."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    where += ["--schema-registry", f"http://127.0.0.1:{port}/apis/ccompat/v7"]
+    stored.make_topic(kafka.bootstrap, topic)
+    with agent_running(*where, "--register-schema") as agent:
+        ports = some_binds(10)
+        with registry(port=port):
+            until(lambda: mine(events_or_none(*where))[: len(ports)] == ports, 30)
+
+    assert "registry" in agent.talk
+    assert "trying again" in agent.talk
+
+
+def test_full_queue_is_declared(tmp_path: Path, topic: str) -> None:
+    """When a broker is away for too long the oldest records go, and the stream says which; the archive has them all."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
+    limits = ["--queue-bytes", "1MiB", "--checkpoint-age", "1s", "--create-topic"]
+    with agent_running(*where, *limits, "--files", str(tmp_path)) as agent:
+        declared = ""
+        with contextlib.suppress(AssertionError):
+            for _ in range(60):
+                some_binds(500)
+                declared = replay("--files", tmp_path, "-o", "json", "--pid", "1").out
+                if "did not get" in declared:
+                    break
+        assert "did not get" in declared
+        with kafka(port=port):
+            until(lambda: any(event["kind"] == "loss" for event in events_or_none(*where)), 40)
+            until(lambda: agent.process.poll() is None)
+            agent.process.send_signal(signal.SIGTERM)
+            agent.process.wait(30)
+            delivered = events(*where)
+
+    archived = events("--files", tmp_path)
+    missing = {event["pos"] for event in archived} - {event["pos"] for event in delivered}
+    said: set[int] = set()
+    for event in delivered:
+        if event["kind"] == "loss":
+            said |= set(range(event["testimony"]["first_pos"], event["testimony"]["last_pos"] + 1))
+    assert missing
+    assert missing == said
+
+
+@contextlib.contextmanager
+def small_disk(size: str) -> Iterator[Path]:
+    """A file system of so many bytes, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "bindsnoop-test", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_disk() -> None:
+    """A disk that is full stops neither the agent nor the capture; when it has room again nothing is missing."""
+    with small_disk("3m") as disk:
+        with agent_running("--files", str(disk / "archive")) as agent:
+            before = some_binds(5)
+            until(lambda: len(mine(events("--files", disk / "archive"))) == 5)
+            ballast = disk / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as full:
+                while True:
+                    full.write(bytes(4096))
+            during = []
+            while "No space left" not in agent.talk:
+                during += some_binds(200)
+            ballast.unlink()
+            after = some_binds(5)
+
+        found = events("--files", disk / "archive")
+    assert mine(found) == before + during + after
+    assert [event["pos"] for event in found] == list(range(len(found)))
+
+
+def test_killed_agent_leaves_what_it_wrote(tmp_path: Path) -> None:
+    """After kill -9 the archive can be read up to the last batch, and the next agent goes on beside it."""
+    lock = tmp_path / "lock"
+    with agent_running("--files", str(tmp_path / "archive"), lock=lock) as agent:
+        first = some_binds(5)
+        until(lambda: mine(events("--files", tmp_path / "archive")) == first)
+        agent.process.kill()
+        agent.process.wait()
+        left = replay("--files", tmp_path / "archive", "--pid", ME, "-o", "custom-columns=port")
+    with agent_running("--files", str(tmp_path / "archive"), lock=lock):
+        second = some_binds(5)
+
+    assert [int(line) for line in left.out.splitlines()[1:]] == first
+    assert left.code == 0
+    found = events("--files", tmp_path / "archive")
+    assert mine(found) == first + second
+    assert len({event["epoch"] for event in found}) == 2
+
+
+def test_segments_rotate(tmp_path: Path) -> None:
+    """--segment-bytes closes files; replay reads them as one, in order."""
+    with agent_running("--files", str(tmp_path), "--segment-bytes", "64KiB"):
+        ports = []
+        while len(list(tmp_path.rglob("*.avro"))) < 2:
+            ports += some_binds(100)
+
+    assert mine(events("--files", tmp_path)) == ports
+
+
+def test_address_from_a_properties_file(kafka: Kafka, topic: str, tmp_path: Path) -> None:
+    """A properties file may name the brokers, for the agent and for replay; a flag would win."""
+    properties = tmp_path / "client.properties"
+    properties.write_text(f"# ours\nbootstrap.servers={kafka.bootstrap}\n")
+    where = ["--topic", topic, "--properties", str(properties)]
+    with agent_running(*where, "--create-topic"):
+        ports = some_binds(2)
+
+    assert mine(events(*where)) == ports
+
+
+def test_retention(tmp_path: Path) -> None:
+    """--keep-bytes deletes the oldest segments, says so, and what is left can be read."""
+    with agent_running("--files", str(tmp_path), "--segment-bytes", "64KiB", "--keep-bytes", "1MiB") as agent:
+        until(lambda: bool(some_binds(2000)) and "was deleted" in agent.talk, 60)
+
+    left = sum(path.stat().st_size for path in tmp_path.rglob("*.avro"))
+    found = events("--files", tmp_path)
+    assert left <= (1 << 20) + (64 << 10)
+    assert found[0]["pos"] > 0
+    assert [event["pos"] for event in found] == list(range(found[0]["pos"], found[-1]["pos"] + 1))
+
+
+def test_hostile_comm(kafka: Kafka, topic: str, tmp_path: Path) -> None:
+    """15 hostile bytes as a process's name stay one printable line everywhere, and can be had back."""
+    from pipeline import event
+
+    raw = b"\x1b[2J\n\\x41\xff\xe2\x80\xae\t"
+    names: list[bytes] = []
+
+    def act() -> None:
+        ctypes.CDLL(None).prctl(15, ctypes.create_string_buffer(raw))
+        names.append(Path("/proc/thread-self/comm").read_bytes())
+        some_binds(1)
+
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    with agent_running("--files", str(tmp_path), *where, "--create-topic"):
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+
+    for source in (["--files", tmp_path], where):
+        columns = replay(*source, "--pid", ME)
+        shown = json.loads(replay(*source, "--pid", ME, "-o", "json").out)
+        assert len(columns.out.splitlines()) == 2
+        assert all(line.isprintable() for line in columns.out.splitlines())
+        assert event.original(shown["comm"]) == raw == names[0][:-1]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing to write"),
+        (("--files", "/tmp/x", "--ring-bytes", "100000"), "100000"),
+        (("--files", "/tmp/x", "--tracer", "magic"), "magic"),
+        (("--topic", "a/b"), "a/b"),
+        (("--topic", "binds", "-X", "acks=0"), "acks"),
+        (("--files", "/proc/version/x"), "/proc/version/x"),
+        (("--register-schema", "--topic", "binds"), "--schema-registry"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    """A wrong argument, or a destination that can never work, is one sentence that names it, and exit code 2."""
+    done = run("bindsnoop-agent", "--lock", tmp_path / "lock", *arguments)
+
+    assert (2, "") == (done.code, done.out)
+    assert said in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_without_permission() -> None:
+    """An ordinary user gets one sentence that says what is missing and how to give it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        done = subprocess.run(
+            [
+                "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", BIN / "bindsnoop-agent",
+                "--files", f"{folder}/files", "--lock", f"{folder}/lock",
+            ],
+            capture_output=True, text=True, env=environment(), check=False,
+        )  # fmt: skip
+
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "CAP_BPF" in done.stderr
+
+
+def test_second_agent(tmp_path: Path) -> None:
+    """A second agent on the node says who is there, and leaves; the first goes on."""
+    lock = tmp_path / "lock"
+    with agent_running("--files", str(tmp_path / "first"), lock=lock) as agent:
+        done = run("bindsnoop-agent", "--files", tmp_path / "second", "--lock", lock)
+        ports = some_binds(1)
+
+    assert done.code == 2
+    assert f"pid {agent.process.pid} " in done.err
+    assert len(done.err.splitlines()) == 1
+    assert mine(events("--files", tmp_path / "first")) == ports
