@@ -506,7 +506,8 @@ def _finish(path: Path, *, keep: bool) -> None:
 class Block:
     """``count`` datums of one schema, one behind the other in ``payload``, unpacked. ``offset`` is in the file.
 
-    Small neighbours come as one; ``parts`` are their (offset, count, bytes), for ``split``.
+    Small neighbours come as one; ``parts`` are their (offset, count, bytes), for ``split``. ``share``, from 0 to 1, of
+    the bytes of everything that is being read is behind.
     """
 
     path: Path
@@ -515,6 +516,7 @@ class Block:
     count: int
     payload: bytes = field(repr=False)
     parts: tuple[tuple[int, int, int], ...] = field(repr=False)
+    share: float = field(default=0.0, compare=False)
 
     def split(self) -> list[Block]:
         """The blocks as they are in the file: when this one does not decode, the others of them still may."""
@@ -558,7 +560,21 @@ def read(paths: Sequence[Path], since_us: int | None = None, until_us: int | Non
         except OSError as error:
             raise SourceUnavailable(f"{path} cannot be read: {error.strerror}.") from error
     chosen = [path for path in sorted(files, key=_order) if _in_range(path, since_us, until_us)]
-    return (item for path in chosen for item in _read_file(path))
+    return _read_files(chosen)
+
+
+def _read_files(paths: Sequence[Path]) -> Iterator[Block | Unread]:
+    sizes = list(map(_size, paths))
+    whole, behind = max(sum(sizes), 1), 0
+    for path, size in zip(paths, sizes, strict=True):
+        for item in _read_file(path):
+            yield replace(item, share=(behind + item.offset) / whole) if isinstance(item, Block) else item
+        behind += size
+
+
+def _size(path: Path) -> int:
+    # Retention may delete a file meanwhile; reading it says so.
+    return path.stat().st_size if path.exists() else 0
 
 
 def _below(folder: Path) -> Iterator[Path]:

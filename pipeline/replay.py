@@ -27,11 +27,10 @@ SHOWN, NOTHING, UNREADABLE = 0, 1, 3
 
 
 class Found(NamedTuple):
-    """Events in the order of their source; ``done`` of ``total`` messages are behind with them, where that is known."""
+    """Events in the order of their source, and the share of it that is behind with them, from 0 to 1."""
 
     batch: pa.RecordBatch
-    done: int | None = None
-    total: int | None = None
+    share: float
 
 
 class Unread(NamedTuple):
@@ -157,7 +156,7 @@ def _decoded(name: str, parts: Iterable[topic.Messages | topic.Unread], schemas:
         decoded = avro.decode_messages(part.values, schemas.resolve)
         for bad in decoded.bad:
             yield Unread(f"topic {name}[{part.partition}] offset {part.offset(bad.index)}", bad.reason)
-        yield Found(decoded.batch, part.done, part.total)
+        yield Found(decoded.batch, part.done / max(part.total, 1))
 
 
 def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
@@ -168,14 +167,16 @@ def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
             yield Unread(f"{part.path} bytes {part.start} to {part.end}", part.reason, damage=part.damage)
             continue
         try:
-            yield Found(avro.decode_block(part.payload, part.count, avro.admit(part.schema_text)))
+            yield Found(avro.decode_block(part.payload, part.count, avro.admit(part.schema_text)), part.share)
         except Damaged:
             # Small blocks come together; the others of them may still be whole.
             for block in part.split():
                 try:
-                    yield Found(avro.decode_block(block.payload, block.count, avro.admit(block.schema_text)))
+                    batch = avro.decode_block(block.payload, block.count, avro.admit(block.schema_text))
                 except Damaged as error:
                     yield Unread(f"{block.path} block at byte {block.offset}", str(error), block.count)
+                else:
+                    yield Found(batch, part.share)
 
 
 class Tally:
@@ -194,7 +195,7 @@ class Tally:
     def found(self, part: Found) -> None:
         """Count what was read."""
         self.read += part.batch.num_rows
-        self._progress.at(self.read if part.done is None else part.done, total=part.total)
+        self._progress.at(self.read, part.share)
 
     def unread(self, part: Unread) -> None:
         """Count what could not be read, and say where it is."""

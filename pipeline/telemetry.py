@@ -72,9 +72,9 @@ def _logfmt(value: object) -> str:
 class Progress:
     """How far a replay has come, as a bar with rate and time left; only on a terminal, and only when it lasts.
 
-    ``at(done)`` says how far; ``total`` is the end that was known at the start, or None. ``cleared()`` is the context
-    in which others may write to the same terminal. Nothing is drawn in the first 0.7 seconds, so that a short replay
-    looks like a command that simply answers. ``monotonic`` gives seconds.
+    ``at(events, share)`` says how many events were read, and what share of the source is behind, or None where that is
+    not known. ``cleared()`` is the context in which others may write to the same terminal. Nothing is drawn in the
+    first 0.7 seconds, so that a short replay looks like a command that simply answers. ``monotonic`` gives seconds.
     """
 
     _WAIT_SECS = 0.7
@@ -84,30 +84,23 @@ class Progress:
         self,
         stream: IO[str],
         *,
-        total: int | None = None,
-        unit: str = "events",
         wanted: bool = True,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
-        self._total = total
-        self._unit = unit
         self._monotonic = monotonic
         self._shown = wanted and stream.isatty()
         self._started = monotonic()
         self._due = self._started + self._WAIT_SECS
-        self._done = 0
         self._bar: Bar | None = None
         self._drawn = False
 
-    def at(self, done: int, *, total: int | None = None) -> None:
-        """So many of ``unit`` are done; ``total`` corrects the end."""
-        self._done = done
-        self._total = self._total if total is None else total
+    def at(self, events: int, share: float | None = None) -> None:
+        """So many events were read; ``share``, from 0 to 1, of the source is behind."""
         now = self._monotonic()
         if self._shown and now >= self._due:
             self._due = now + self._REDRAW_SECS
-            self._draw()
+            self._draw(events, share)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -132,15 +125,15 @@ class Progress:
         """Time since the start."""
         return self._monotonic() - self._started
 
-    def _draw(self) -> None:
+    def _draw(self, events: int, share: float | None) -> None:
         if self._bar is None:
             self._bar = _bar(self._stream, self._monotonic)
-            self._bar.add_task("", total=self._total)
-        rate = self._done / max(self.seconds, 1e-9)
-        said = f"{_count(self._done)} {self._unit}, {_count(rate)}/s"
-        if self._total is not None and rate:
-            said += f", {_span(max(self._total - self._done, 0) / rate)} left"
-        self._bar.update(self._bar.task_ids[0], completed=self._done, total=self._total, description=said)
+            self._bar.add_task("", total=None)
+        said = f"{_count(events)} events, {_count(events / max(self.seconds, 1e-9))}/s"
+        if share:
+            said += f", {_span(self.seconds * (1 - share) / share)} left"
+        total = None if share is None else 1
+        self._bar.update(self._bar.task_ids[0], completed=share or 0, total=total, description=said)
         if not self._drawn:
             self._bar.start()
             self._drawn = True

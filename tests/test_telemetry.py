@@ -123,23 +123,23 @@ def test_a_closed_stream_ends_nothing() -> None:
 def test_a_short_replay_draws_nothing(terminal: Terminal) -> None:
     """Before 0.7 s a replay simply answers."""
     clock = Clock()
-    progress = Progress(terminal.stream, total=1000, monotonic=clock)
+    progress = Progress(terminal.stream, monotonic=clock)
 
-    for done in range(7):
-        clock.now = 100 + done / 10
-        progress.at(done)
+    for tenths in range(7):
+        clock.now = 100 + tenths / 10
+        progress.at(tenths, tenths / 1000)
     progress.close()
 
     assert terminal.seen() == ""
 
 
 def test_a_long_replay_shows_rate_and_time_left(terminal: Terminal) -> None:
-    """After 1 s, with a quarter done, three more remain."""
+    """After 1 s, with a quarter behind, three more remain."""
     clock = Clock()
-    progress = Progress(terminal.stream, total=2_000_000, monotonic=clock)
+    progress = Progress(terminal.stream, monotonic=clock)
 
     clock.now += 1
-    progress.at(500_000)
+    progress.at(500_000, 0.25)
 
     assert "500,000 events, 500,000/s, 3.0 s left" in terminal.seen()
 
@@ -147,7 +147,7 @@ def test_a_long_replay_shows_rate_and_time_left(terminal: Terminal) -> None:
 def test_it_is_drawn_ten_times_a_second_at_most(terminal: Terminal) -> None:
     """However often a replay says how far it is."""
     clock = Clock()
-    progress = Progress(terminal.stream, total=100, monotonic=clock)
+    progress = Progress(terminal.stream, monotonic=clock)
     clock.now += 1
     progress.at(1)
     terminal.seen()
@@ -162,25 +162,25 @@ def test_it_is_drawn_ten_times_a_second_at_most(terminal: Terminal) -> None:
 
 
 def test_without_a_known_end_there_is_no_time_left(terminal: Terminal) -> None:
-    """A rate is still worth showing; an end that becomes known is used."""
+    """A rate is still worth showing; a share that becomes known is used."""
     clock = Clock()
-    progress = Progress(terminal.stream, unit="bytes", monotonic=clock)
+    progress = Progress(terminal.stream, monotonic=clock)
     clock.now += 1
     progress.at(10)
 
     unknown = terminal.seen()
     clock.now += 1
-    progress.at(20, total=40)
+    progress.at(20, 0.5)
 
-    assert "10 bytes, 10/s" in unknown
+    assert "10 events, 10/s" in unknown
     assert "left" not in unknown
-    assert "20 bytes, 10/s, 2.0 s left" in terminal.seen()
+    assert "20 events, 10/s, 2.0 s left" in terminal.seen()
 
 
 def test_others_write_to_a_clean_line(terminal: Terminal) -> None:
     """The bar is erased before a row is written to the same terminal, and the cursor shown; then the bar comes back."""
     clock = Clock()
-    progress = Progress(terminal.stream, total=100, monotonic=clock)
+    progress = Progress(terminal.stream, monotonic=clock)
     clock.now += 1
     progress.at(1)
     terminal.seen()
@@ -205,8 +205,8 @@ def test_without_a_terminal_nothing_is_drawn(terminal: Terminal) -> None:
     clock = Clock()
     stream = io.StringIO()
     bars = [
-        Progress(stream, total=10, monotonic=clock),
-        Progress(terminal.stream, total=10, wanted=False, monotonic=clock),
+        Progress(stream, monotonic=clock),
+        Progress(terminal.stream, wanted=False, monotonic=clock),
     ]
     clock.now += 10
 
