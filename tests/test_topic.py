@@ -555,6 +555,27 @@ def test_read_is_bounded_at_its_start(kafka: broker.Kafka, topic: str) -> None:
     assert values == read
 
 
+def test_holes_do_not_move_the_bound(kafka: broker.Kafka, topic: str) -> None:
+    """Where markers take offsets, what is written later does not fill up the number that was expected."""
+    create(kafka.bootstrap, topic, 2)
+    producer = raw_producer(kafka.bootstrap, transactional_id=topic)
+    producer.init_transactions(20)
+    for _ in range(3):
+        producer.begin_transaction()
+        producer.produce(topic, b"first", partition=0)
+        producer.produce(topic, b"second", partition=1)
+        producer.commit_transaction(20)
+    reading = edge.read(topic, edge.settings(kafka.bootstrap))
+    parts = [next(reading)]
+    later = raw_producer(kafka.bootstrap)
+    for value in some(10, "later"):
+        later.produce(topic, value, partition=1)
+    later.flush()
+    parts += reading
+
+    assert [b"first"] * 3 + [b"second"] * 3 == values_of(parts)
+
+
 def test_empty_topic_ends_at_once(kafka: broker.Kafka, topic: str) -> None:
     """Nothing is there, so nothing comes, without an error and without waiting."""
     create(kafka.bootstrap, topic, 3)
@@ -714,8 +735,10 @@ def test_start_at_the_newest(kafka: broker.Kafka, topic: str) -> None:
 def test_backwards_is_the_reverse(kafka: broker.Kafka, topic: str, chunk: int) -> None:
     """Parts come newest first and whole; put in reverse they are what a read gives."""
     create(kafka.bootstrap, topic, 2)
-    for key in ("a", "b"):
-        publish(kafka.bootstrap, topic, some(20, key), key=key)
+    producer = raw_producer(kafka.bootstrap)
+    for partition, value in itertools.product(range(2), some(20)):
+        producer.produce(topic, f"{partition} ".encode() + value, partition=partition)
+    producer.flush()
 
     parts = list(edge.read_backwards(topic, edge.settings(kafka.bootstrap), chunk=chunk))
 
