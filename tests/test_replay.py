@@ -412,6 +412,19 @@ def test_output_that_is_closed_while_much_is_written(tmp_path: Path) -> None:
     assert ["1", "0", ""] == [*done.stdout.split(), done.stderr]
 
 
+def test_a_home_that_is_closed(mixed: Path, tmp_path: Path) -> None:
+    """A user without access to the folder of their settings has none; that is no error."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-all", BIN / "bindsnoop-replay", "--files", mixed, "--count"],
+        capture_output=True, text=True, env=environment(HOME=str(closed)), check=False,
+    )  # fmt: skip
+
+    assert ("3\n", 0) == (done.stdout, done.returncode)
+
+
 # --- on a terminal ------------------------------------------------------------------------------------------------
 
 
