@@ -129,8 +129,8 @@ def decode(records: npt.NDArray[np.uint8], offset_ns: int) -> pa.RecordBatch:
     protocols = pa.array(row["proto"], mask=~socket_known)
     time_us = (row["boottime_ns"].astype(np.int64) + offset_ns) // 1000
     columns: dict[str, pa.Array] = {
-        "type": pa.repeat("normal", len(row)),
-        "kind": pa.repeat("bind", len(row)),
+        "type": pa.repeat(pa.scalar("normal", pa.string()), len(row)),
+        "kind": pa.repeat(pa.scalar("bind", pa.string()), len(row)),
         "time": time_us,
         "family": _named(pa.array(row["family"]), lambda number: event.FAMILIES.get(number, str(number))),
         "sock_type": _named(

@@ -15,6 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+# pyarrow guesses the type of a bare constant at every call, which costs more than the comparison of a small batch.
+_NORMAL, _WARN = pa.scalar("normal"), pa.scalar("warn")
+_ZERO, _FALSE = pa.scalar(0, pa.int32()), pa.scalar(False)
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -55,10 +59,10 @@ class Selected(NamedTuple):
 
 def select(batch: pa.RecordBatch, wanted: Filter) -> Selected:
     """The rows that pass. A warning passes in the asked time and nodes whatever else is asked; info only when asked."""
-    binds = _true(pc.equal(batch.column("type"), "normal"))
+    binds = _true(pc.equal(batch.column("type"), _NORMAL))
     own = ~binds
     if not wanted.info and own.any():
-        own &= _true(pc.equal(batch.column("type"), "warn"))
+        own &= _true(pc.equal(batch.column("type"), _WARN))
     if wanted.pids:
         binds &= _true(pc.is_in(batch.column("pid"), pa.array(wanted.pids, pa.int32())))
     if wanted.ports and binds.any():
@@ -68,7 +72,7 @@ def select(batch: pa.RecordBatch, wanted: Filter) -> Selected:
         own &= mask
     hidden = 0
     if wanted.ignore_errors and binds.any():
-        failed = _true(pc.not_equal(batch.column("errno"), 0))
+        failed = _true(pc.not_equal(batch.column("errno"), _ZERO))
         hidden = int((binds & failed).sum())
         binds &= ~failed
     passed = binds | own
@@ -84,13 +88,14 @@ def select(batch: pa.RecordBatch, wanted: Filter) -> Selected:
 
 def _true(mask: pa.BooleanArray) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """A mask of Arrow as one of numpy; null is False."""
-    found: np.ndarray[tuple[int], np.dtype[np.bool_]] = pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
+    known = pc.fill_null(mask, _FALSE) if mask.null_count else mask
+    found: np.ndarray[tuple[int], np.dtype[np.bool_]] = known.to_numpy(zero_copy_only=False)
     return found
 
 
 def _in_table(ports: pa.Int32Array, wanted: Filter) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     # Port 0 can be stored but not asked for: it stands for null and for numbers that are no port.
-    numbers = pc.fill_null(ports, 0).to_numpy()
+    numbers = (pc.fill_null(ports, _ZERO) if ports.null_count else ports).to_numpy()
     return wanted.wanted_ports[np.where(numbers >> 16 == 0, numbers, 0)]
 
 

@@ -66,8 +66,8 @@ class Stream:
         """Give each row its node, epoch and pos; columns that the batch lacks are filled with their default."""
         count = batch.num_rows
         ours = {
-            "node": pa.repeat(self.node, count),
-            "epoch": pa.repeat(self.epoch, count),
+            "node": pa.repeat(pa.scalar(self.node, pa.string()), count),
+            "epoch": pa.repeat(pa.scalar(self.epoch, pa.string()), count),
             "pos": pa.array(np.arange(self.next_pos, self.next_pos + count, dtype=np.int64)),
         }
         self.next_pos += count
@@ -184,5 +184,5 @@ def _default(field: pa.Field, count: int) -> pa.Array:
 def _empty_maps(count: int) -> pa.Array:
     # ``labels`` is the only column with a default that a stage may leave out.
     return pa.MapArray.from_arrays(
-        pa.array([0] * (count + 1), pa.int32()), pa.array([], pa.string()), pa.array([], pa.string())
+        pa.array(np.zeros(count + 1, np.int32)), pa.array([], pa.string()), pa.array([], pa.string())
     )

@@ -18,6 +18,8 @@ from pipeline.event import one_line
 
 # A string array of Arrow addresses 2 GiB, and an escape makes a byte into five: work on at most this much at a time.
 _PORTION_BYTES = 64 << 20
+# pyarrow guesses the type of a bare constant at every call, which costs more than a comparison of a small batch.
+_NORMAL, _EMPTY, _NAUGHT, _ZERO = pa.scalar("normal"), pa.scalar(""), pa.scalar("0"), pa.scalar(0, pa.int32())
 
 
 def portions(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -32,7 +34,7 @@ def portions(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 def is_bind(batch: pa.RecordBatch) -> pa.BooleanArray:
     """True for an attempt to bind, False for the stream's own records."""
-    return pc.equal(batch.column("type"), "normal")
+    return pc.equal(batch.column("type"), _NORMAL)
 
 
 def _bytes_of(array: pa.StringArray) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -70,14 +72,15 @@ def printable(array: pa.StringArray) -> pa.StringArray:
 
 def join(*parts: pa.StringArray | str) -> pa.StringArray:
     """Texts put together row by row; null where a part is null."""
-    return pc.binary_join_element_wise(*parts, "")
+    typed = (pa.scalar(part, pa.string()) if isinstance(part, str) else part for part in parts)
+    return pc.binary_join_element_wise(*typed, _EMPTY)
 
 
 def interface(batch: pa.RecordBatch) -> pa.StringArray:
     """What IF shows: ``0`` without a device, else its name, else its index; null where there is no socket."""
     index = batch.column("ifindex")
     named = pc.coalesce(batch.column("ifname"), index.cast(pa.string()))
-    return pc.if_else(pc.equal(index, 0), "0", named)
+    return pc.if_else(pc.equal(index, _ZERO), _NAUGHT, named)
 
 
 def iso_time(array: pa.TimestampArray) -> pa.StringArray:

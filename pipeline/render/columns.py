@@ -18,6 +18,8 @@ from pipeline import event
 from pipeline.errors import UsageError
 from pipeline.render import interface, is_bind, is_plain, iso_time, join, pairs, portions, printable, to_bytes
 
+_EMPTY, _BLANK = pa.scalar(""), pa.scalar(" ")
+
 
 class Renderer:
     """A chosen set of columns: ``header()`` once, then ``rows(batch)`` for each batch.
@@ -47,7 +49,7 @@ class Renderer:
     def _rows(self, batch: pa.RecordBatch) -> bytes:
         *padded, last = self._columns
         cells = [_padded(cell(batch, column.field), column.width) for column in padded]
-        row = pc.binary_join_element_wise(*cells, cell(batch, last.field), " ")
+        row = pc.binary_join_element_wise(*cells, cell(batch, last.field), _BLANK)
         return to_bytes(join(pc.ascii_rtrim(row, characters=" "), "\n"))
 
 
@@ -55,7 +57,7 @@ def cell(batch: pa.RecordBatch, field: str) -> pa.StringArray:
     """What a column shows for each row, printable, blank without a value; ``field`` is of the schema, or ``if``."""
     array = interface(batch) if field == "if" else batch.column(field)
     if array.null_count == len(array):
-        return pa.repeat("", len(array))
+        return pa.repeat(_EMPTY, len(array))
     if pa.types.is_timestamp(array.type):
         text = iso_time(array)
     elif pa.types.is_map(array.type):
@@ -66,7 +68,7 @@ def cell(batch: pa.RecordBatch, field: str) -> pa.StringArray:
         text = printable(array)
     else:
         text = array.cast(pa.string())
-    return pc.fill_null(text, "")
+    return pc.fill_null(text, _EMPTY) if text.null_count else text
 
 
 def _padded(text: pa.StringArray, width: int) -> pa.StringArray:

@@ -101,7 +101,7 @@ def open_tracer(
     """Starts to trace: loads and attaches the programs of ``tier``, or for ``auto`` of the first that attaches.
 
     ``ring_bytes`` is a power of two and at least a page. The reader is woken when ``wakeup_bytes`` wait (default: a
-    sixteenth of the ring). ``exclusive`` takes the lock at ``lock_path`` first, so that a node has one agent.
+    quarter of the ring). ``exclusive`` takes the lock at ``lock_path`` first, so that a node has one agent.
 
     UsageError when an argument is not what is allowed, TracerUnavailable when the kernel or the machine does not let
     us; its sentence says what is missing.
@@ -113,7 +113,7 @@ def open_tracer(
             f"a ring of {ring_bytes} bytes is not possible; allowed are powers of two from {mmap.PAGESIZE} to {1 << 31}"
         )
     if wakeup_bytes is None:
-        wakeup_bytes = ring_bytes // 16
+        wakeup_bytes = ring_bytes // 4
     if not 0 < wakeup_bytes <= ring_bytes // 2:
         raise UsageError(
             f"waking the reader at {wakeup_bytes} bytes is not possible in a ring of {ring_bytes}; "
