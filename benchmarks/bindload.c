@@ -7,8 +7,8 @@
  * --count is attempts of all threads together, instead of --seconds.
  *
  * Prints one line: attempts=N failed=N seconds=S ns_per_call=N cpu_ns_per_call=N, where a call is bind(), or socket +
- * bind + close, and the waiting between steps is not counted; the second is without what others ran meanwhile. Every thread has made one more attempt before, to have a bound socket
- * (mode fail): it is in attempts, not in failed.
+ * bind + close, and the waiting between steps is not counted; the second is without what others ran meanwhile.
+ * Every thread has made one more attempt before, to have a bound socket (mode fail): it is in attempts, not in failed.
  */
 #include <arpa/inet.h>
 #include <getopt.h>

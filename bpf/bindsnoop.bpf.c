@@ -257,15 +257,16 @@ static __always_inline __u16 get_asked_family(struct request *request)
 static __always_inline void fill_process(struct bind_event *event, struct task_struct *task)
 {
 	struct task_struct *parent = BPF_CORE_READ(task, real_parent);
-	const struct cred *cred = BPF_CORE_READ(task, cred);
+	__u64 thread = bpf_get_current_pid_tgid();
+	__u64 owner = bpf_get_current_uid_gid();
 
-	event->pid = BPF_CORE_READ(task, tgid);
-	event->tid = BPF_CORE_READ(task, pid);
+	event->pid = thread >> 32;
+	event->tid = (__u32)thread;
 	event->ppid = BPF_CORE_READ(parent, tgid);
-	event->uid = BPF_CORE_READ(cred, uid.val);
-	event->gid = BPF_CORE_READ(cred, gid.val);
+	event->uid = (__u32)owner;
+	event->gid = owner >> 32;
 	event->mountnsid = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
-	bpf_probe_read_kernel_str(event->comm, sizeof(event->comm), &task->comm);
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
 	parent = BPF_CORE_READ(parent, group_leader);
 	bpf_probe_read_kernel_str(event->parent_comm, sizeof(event->parent_comm), &parent->comm);
 	bpf_probe_read_kernel_str(event->exe, sizeof(event->exe),
@@ -434,7 +435,7 @@ int tracepoint_exit(struct syscall_exit *ctx)
 static __always_inline int post_bind(struct bpf_sock *ctx)
 {
 	struct task_struct *task = (void *)bpf_get_current_task();
-	__u64 thread = (__u64)BPF_CORE_READ(task, tgid) << 32 | (__u32)BPF_CORE_READ(task, pid);
+	__u64 thread = bpf_get_current_pid_tgid();
 	struct attempt attempt = {
 		.task = task,
 		.sk = (void *)ctx,

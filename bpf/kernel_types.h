@@ -170,19 +170,6 @@ struct nsproxy {
 	struct net *net_ns;
 };
 
-typedef struct {
-	unsigned int val;
-} kuid_t;
-
-typedef struct {
-	unsigned int val;
-} kgid_t;
-
-struct cred {
-	kuid_t uid;
-	kgid_t gid;
-};
-
 struct kernfs_node {
 	struct kernfs_node *__parent;
 	const char *name;
@@ -215,11 +202,9 @@ enum cgroup_subsys_id {
 
 struct task_struct {
 	struct mm_struct *mm;
-	int pid;
 	int tgid;
 	struct task_struct *real_parent;
 	struct task_struct *group_leader;
-	const struct cred *cred;
 	char comm[16];
 	struct files_struct *files;
 	struct nsproxy *nsproxy;

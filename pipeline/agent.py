@@ -179,6 +179,30 @@ def carry(burst: Burst, offset_ns: int, stream: testimony.Stream) -> pa.RecordBa
     return stream.number(batch)
 
 
+class Rarely:
+    """Counts what is noted and says the sum at most every ten seconds: a flood of losses must not be one of lines."""
+
+    _EVERY_SECS = 10.0
+
+    def __init__(self, say: Callable[[int], None]) -> None:
+        self._say = say
+        self._count = 0
+        self._due = 0.0
+
+    def note(self, count: int, monotonic: float) -> None:
+        """So many more; said now if nothing was said for a while."""
+        self._count += count
+        if self._count and monotonic >= self._due:
+            self._due = monotonic + self._EVERY_SECS
+            self.rest()
+
+    def rest(self) -> None:
+        """Say what has not been said."""
+        if self._count:
+            self._say(self._count)
+            self._count = 0
+
+
 class Ledger:
     """What one destination was not given and the stream has not yet told it; neighbouring ranges are one.
 
@@ -232,7 +256,8 @@ def run(
     from pipeline import avro
 
     read = 0
-    ledgers = [(sink, Ledger()) for sink in sinks]
+    ledgers = [(sink, Ledger(), _undelivered_line(sink, log)) for sink in sinks]
+    lost_line = Rarely(lambda count: log.error("Attempts were lost before they could be read.", attempts=count))
 
     def counters() -> Mapping[str, int]:
         return {**tracer.counters(), "read": read}
@@ -253,17 +278,20 @@ def run(
         return True
 
     def tick() -> None:
-        for sink, ledger in ledgers:
+        for sink, ledger, _ in ledgers:
             ledger.add(sink.tick())
 
     def declare() -> None:
         tick()
-        for sink, ledger in ledgers:
+        for sink, ledger, line in ledgers:
             for gap in ledger.take():
                 ledger.declared(gap, stream.next_pos)
-                lost = stream.undelivered(clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos)
-                log.error(lost.column("message")[0].as_py())
-                emit(lost)
+                line.note(gap.last_pos - gap.first_pos + 1, time.monotonic())
+                emit(stream.undelivered(clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos))
+
+    def close_interval(batch: pa.RecordBatch) -> None:
+        lost_line.note(stream.lost_in(batch), time.monotonic())
+        emit(batch)
 
     emit(stream.start(clock.now_us(), start_message, counters()))
     while not stopping():
@@ -271,14 +299,16 @@ def run(
         tick()
         if stream.due(time.monotonic()):
             declare()
-            emit(_checked(stream.checkpoint(clock.now_us(), time.monotonic(), counters()), log))
+            close_interval(stream.checkpoint(clock.now_us(), time.monotonic(), counters()))
 
     # What was bound until now is in the ring, and nothing comes after it.
     tracer.detach()
     while take(0):
         pass
     declare()
-    emit(_checked(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"), log))
+    close_interval(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"))
+    for said in (lost_line, *(line for _, _, line in ledgers)):
+        said.rest()
     deadline = time.monotonic() + budget_secs
     left = 0
     for sink in sinks:
@@ -289,11 +319,9 @@ def run(
     return left
 
 
-def _checked(batch: pa.RecordBatch, log: telemetry.Log) -> pa.RecordBatch:
-    for kind, message in zip(batch.column("kind").to_pylist(), batch.column("message").to_pylist(), strict=True):
-        if kind == "loss":
-            log.error("Attempts were lost before they could be read.", message=message)
-    return batch
+def _undelivered_line(sink: Sink, log: telemetry.Log) -> Rarely:
+    sentence = "Records were given up for a destination, and declared in the stream."
+    return Rarely(lambda count: log.error(sentence, destination=sink.name, records=count))
 
 
 def start_message(tracer: Tracer) -> str:

@@ -93,8 +93,7 @@ class Stream:
         )
 
     def start(self, now_us: int, message: str, counters: Mapping[str, int]) -> pa.RecordBatch:
-        """The first record of the epoch."""
-        self._declared = {name: value for name, value in counters.items() if name.startswith(LOST)}
+        """The first record of the epoch. What was lost before it, since the ring was made, is declared later."""
         return self._own("start", "info", now_us, message, counts=dict(counters))
 
     def checkpoint(self, now_us: int, monotonic: float, counters: Mapping[str, int]) -> pa.RecordBatch:
@@ -135,6 +134,13 @@ class Stream:
             return None
         causes = ", ".join(f"{name} {count}" for name, count in sorted(fresh.items()))
         return self._own("loss", "warn", now_us, f"lost {sum(fresh.values())} samples: {causes}", counts=fresh)
+
+    @staticmethod
+    def lost_in(batch: pa.RecordBatch) -> int:
+        """How many lost attempts the ``loss`` records of a checkpoint declare."""
+        kinds, own = batch.column("kind").to_pylist(), batch.column("testimony").to_pylist()
+        losses = [record["counts"] for kind, record in zip(kinds, own, strict=True) if kind == "loss"]
+        return sum(count for counts in losses for _, count in counts)
 
     def undelivered(self, now_us: int, what: str, cause: str, first_pos: int, last_pos: int) -> pa.RecordBatch:
         """A ``loss`` record: the records ``first_pos`` to ``last_pos`` did not reach the destination ``what``."""

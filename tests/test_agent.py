@@ -23,6 +23,7 @@ from tests.broker import Kafka, Registry, free_ports, kafka, registry
 from tests.commands import BIN, agent_running, environment, replay, run, until
 
 ME = str(os.getpid())
+ROOT = Path(__file__).parent.parent
 
 
 def bound() -> tuple[socket.socket, int]:
@@ -326,6 +327,26 @@ def test_hostile_comm(kafka: Kafka, topic: str, tmp_path: Path) -> None:
         assert len(columns.out.splitlines()) == 2
         assert all(line.isprintable() for line in columns.out.splitlines())
         assert event.original(shown["comm"]) == raw == names[0][:-1]
+
+
+def test_a_flood_is_declared_in_the_stream_and_not_in_the_log(tmp_path: Path) -> None:
+    """Attempts that found the ring full are counted and declared one for one; the log says so in a few lines."""
+    subprocess.run(["make", "-s", "-C", ROOT / "benchmarks", "bindload"], check=True)
+    limits = ["--ring-bytes", "64KiB", "--max-delay", "1s", "--checkpoint-records", "100"]
+    with agent_running("--files", str(tmp_path), *limits) as agent:
+        subprocess.run(
+            [ROOT / "benchmarks/bindload", "--mode", "fail", "--rate", "0", "--count", "300000"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    found = events("--files", tmp_path)
+    counts = found[-1]["testimony"]["counts"]
+    lost = sum(value for name, value in counts.items() if name.startswith("lost_"))
+    declared = sum(sum(event["testimony"]["counts"].values()) for event in found if event["kind"] == "loss")
+    assert lost > 1000
+    assert declared == lost
+    assert counts["attempted"] == counts["read"] + lost + counts["faulted"]
+    assert 1 <= agent.talk.count("Attempts were lost") <= 4
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
