@@ -27,7 +27,8 @@ format: setup ## put the sources into their form
 	@.venv/bin/ruff check --fix-only --quiet .
 	@.venv/bin/ruff format --quiet .
 
-bench: setup ## measure beside what a user would take instead; prints the README's table (root; about 20 minutes)
+bench: ## measure beside what a user would take instead; prints the README's table (root; about 20 minutes)
+	@scripts/setup bench
 	@$(PY) -m benchmarks
 
 wheel: setup ## dist/*.whl and dist/*.tar.gz, with the compiled BPF object and the schemas
