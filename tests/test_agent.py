@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.agent import Ledger, Undelivered
 from tests import stored
 from tests.broker import Kafka, Registry, free_ports, kafka, registry
 from tests.commands import BIN, agent_running, environment, replay, run, until
@@ -82,6 +83,38 @@ def test_accounting(tmp_path: Path) -> None:
     assert counts["read"] == len(binds) >= 200
     assert counts["attempted"] == counts["submitted"] + lost + counts["faulted"]
     assert counts["submitted"] == counts["read"]
+
+
+def test_accounting_while_binds_go_on(tmp_path: Path) -> None:
+    """An agent that stops in the middle of a load stops counting and reading at the same attempt."""
+    subprocess.run(["make", "-s", "-C", ROOT / "benchmarks", "bindload"], check=True)
+    load = [ROOT / "benchmarks/bindload", "--mode", "fail", "--rate", "0", "--seconds", "60"]
+    with subprocess.Popen(load, stdout=subprocess.DEVNULL) as binding:
+        with agent_running("--files", str(tmp_path)) as agent:
+            until(lambda: sum(path.stat().st_size for path in tmp_path.rglob("*.partial")) > 1_000_000)
+        binding.terminate()
+
+    done = replay("--files", tmp_path, "--pid", "1", "--info", "-o", "json-full")
+    counts = json.loads(done.out.splitlines()[-1])["testimony"]["counts"]
+    lost = sum(value for name, value in counts.items() if name.startswith("lost_"))
+    assert counts["attempted"] == counts["read"] + lost + counts["faulted"]
+    assert agent.code == 0
+
+
+def test_what_a_lost_declaration_said_is_said_again() -> None:
+    """When the record that declared a gap is given up too, the gap is declared once more, as one with its neighbour."""
+    ledger = Ledger()
+    first, second = Undelivered(0, 9, "full"), Undelivered(10, 29, "full")
+    ledger.add([first])
+    declared = ledger.take()
+    ledger.declared(first, 20)
+
+    ledger.add([second])
+
+    assert [first] == declared
+    assert [Undelivered(0, 29, "full")] == ledger.take()
+    ledger.add([Undelivered(40, 49, "full")])
+    assert [Undelivered(40, 49, "full")] == ledger.take()
 
 
 def test_checkpoints(tmp_path: Path) -> None:
@@ -233,7 +266,7 @@ def small_disk(size: str) -> Iterator[Path]:
 def test_full_disk() -> None:
     """A disk that is full stops neither the agent nor the capture; when it has room again nothing is missing."""
     with small_disk("3m") as disk:
-        with agent_running("--files", str(disk / "archive")) as agent:
+        with agent_running("--files", str(disk / "archive"), "--checkpoint-age", "1h") as agent:
             before = some_binds(5)
             until(lambda: len(mine(events("--files", disk / "archive"))) == 5)
             ballast = disk / "ballast"
@@ -243,7 +276,13 @@ def test_full_disk() -> None:
             during = []
             while "No space left" not in agent.talk:
                 during += some_binds(200)
+            # What is on disk can be read meanwhile; and by then the last of these binds is held.
+            kept = mine(events("--files", disk / "archive"))
+            assert before == kept[:5]
+            assert len(kept) < 5 + len(during)
             ballast.unlink()
+            # Without another bind: what was held is written by itself.
+            until(lambda: mine(events("--files", disk / "archive")) == before + during)
             after = some_binds(5)
 
         found = events("--files", disk / "archive")

@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipeline import archive, avro
 from tests import stored
 from tests.broker import Kafka, Registry, free_ports
 from tests.commands import BIN, environment, replay
@@ -391,6 +393,22 @@ def test_flipped_bits_hide_no_other_block(segment: Path) -> None:
         assert len(shown) >= 38
         assert done.code == 3
         assert segment.name in done.err
+
+
+def test_a_block_of_nonsense_hides_no_other(tmp_path: Path) -> None:
+    """A block whose checksum is right and whose datums are none is said; the small blocks around it are shown."""
+    writer = archive.Writer(tmp_path, node="node-1", epoch="0" * 16, now=lambda: stored.BASE_US / 1e6)
+    for pos in range(5):
+        made = stored.batch([bind(pos, port=pos + 1)])
+        datums = pa.array([b"\xff" * 50]) if pos == 2 else avro.encode(made)
+        writer.write(datums, pos, made.column("time"))
+    writer.close()
+
+    done = replay("--files", tmp_path, "-o", "json")
+
+    assert ports(done.out) == [1, 2, 4, 5]
+    assert done.code == 3
+    assert "block at byte" in done.err
 
 
 def test_closed_standard_output(mixed: Path) -> None:
