@@ -71,21 +71,39 @@ struct bind_event {
 _Static_assert(sizeof(struct bind_event) == 416, "bind_event is 416 bytes, without a hole");
 _Static_assert(sizeof(struct bind_event) % 8 == 0, "slots of the ring are multiples of 8");
 
-/* What the loader sets before it loads. */
-struct bind_knobs {
-	__u64 wakeup_bytes; /* wake the reader when so many bytes wait */
+#define MAX_WANTED 16
+
+struct bind_ports {
+	__u16 first;
+	__u16 last; /* included */
 };
 
+/* What the loader sets before it loads. Attempts that are not wanted are neither reported nor counted. */
+struct bind_knobs {
+	__u64 wakeup_bytes; /* wake the reader when so many bytes wait */
+	__u32 pid_count;    /* 0: every process */
+	__u32 port_count;   /* 0: every port */
+	__u32 only_success;
+	__u32 pids[MAX_WANTED]; /* thread groups */
+	struct bind_ports ports[MAX_WANTED];
+	__u32 spares; /* whether those are attached */
+};
+
+_Static_assert(sizeof(struct bind_knobs) == 152, "bind_knobs is 152 bytes, without a hole");
+
 /* One a CPU, each a cache line of its own, never reset:
- * attempted = submitted + lost_ring_full + lost_inflight_full + faulted, exact when no attempt is under way.
+ * attempted = submitted + lost_ring_full + lost_inflight_full + lost_return_missed + faulted, exact when no attempt is
+ * under way.
  */
 struct bind_counters {
 	__u64 attempted;
 	__u64 submitted;
 	__u64 lost_ring_full;     /* no free slot in the ring */
 	__u64 lost_inflight_full; /* no room to remember the request until the call returns */
+	__u64 lost_return_missed; /* the call began, and its end was never seen */
 	__u64 faulted;            /* EFAULT: the request could not be read, so there is nothing to report */
-	__u64 pad[3];
+	__u64 skipped;            /* ends without a beginning, and other hooks that were passed by: each may be a loss */
+	__u64 entered;            /* gives each request in flight a number */
 };
 
 _Static_assert(sizeof(struct bind_counters) == 64, "bind_counters is a cache line");

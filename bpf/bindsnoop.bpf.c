@@ -3,8 +3,15 @@
  * Tiers differ in where they look; loader and reader choose programs by name, and all programs share one body,
  * submit(). Order: knobs, maps, readers, body, handlers.
  *
+ *   fexit       the kernel's own functions, through BPF trampolines:
+ *               inet_bind, inet6_bind, mptcp_bind: every bind that reaches a socket's protocol, whoever asked for it.
+ *               security_socket_bind: what a security module denies before.
+ *               __sys_bind: what fails earlier still, for there is no socket or no readable address.
+ *   kprobe      the same functions, through breakpoints at their beginning and end.
  *   tracepoint  tracepoint_enter, tracepoint_exit: bind() of native processes, failed ones too, with the request.
  *               post_bind4, post_bind6: what those miss and succeeds: io_uring, 32-bit processes, the kernel itself.
+ *
+ * One object serves every kernel and architecture of one byte order: what differs is found out when it is loaded.
  */
 #include "kernel_types.h"
 
@@ -26,16 +33,32 @@ const volatile struct bind_knobs knobs SEC(".rodata.knobs") = {
  */
 #define WAKEUP_WINDOW (8 * sizeof(struct bind_event))
 
+/* The longest request that the kernel reads: sizeof(struct sockaddr_storage). */
+#define MAX_ADDR_LEN 128
+
 /* Each hash bucket of devices holds one in practice. */
 #define MAX_DEVICES_WALKED 8
 #define DEVICE_BUCKETS 256
 
 /* --- maps ------------------------------------------------------------------------------------------------------- */
 
-/* What the thread asked for, from the entry of the system call to its end. */
+/* A call under way. A thread can be in several at once, one inside the other, but in each only once. */
+enum call {
+	CALL_TRACEPOINT = 0, /* bind(), at its tracepoints */
+	CALL_SYSCALL = 1,    /* __sys_bind */
+	CALL_SECURITY = 2,   /* security_socket_bind */
+	CALL_INET = 3,       /* inet_bind, inet6_bind */
+	CALL_MPTCP = 4,      /* mptcp_bind */
+};
+
+/* What was asked for, from the beginning of the call to its end. */
 struct request {
-	__u64 user_addr;
-	__u32 fd;
+	__u64 number; /* tells one call from the next by the same thread */
+	union {
+		__u64 user_addr; /* of a system call */
+		__u64 socket;	 /* of every other, a pointer */
+	};
+	__u32 fd; /* of a system call */
 	__u32 addr_len; /* as the process said */
 	__u32 read_len; /* how much of sockaddr is read */
 	union {
@@ -50,7 +73,7 @@ struct request {
 	};
 };
 
-_Static_assert(sizeof(struct request) == 48, "request is 48 bytes, without a hole");
+_Static_assert(sizeof(struct request) == 56, "request is 56 bytes, without a hole");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -71,11 +94,11 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 8192);
-	__type(key, __u64); /* thread group << 32 | thread */
+	__type(key, __u64); /* enum call << 56 | thread group << 32 | thread */
 	__type(value, struct request);
 } inflight SEC(".maps");
 
-/* Threads whose request found no room in `inflight`: counted as lost at once, so post_bind must not report them. */
+/* Calls whose request found no room in `inflight`, so that nobody else reports or counts them too. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 256);
@@ -143,6 +166,16 @@ static __always_inline __u8 get_opts(struct sock *sk)
 			opts |= OPT_BIND_ADDRESS_NO_PORT;
 	}
 	return opts;
+}
+
+/* A subflow of a multipath socket: mptcp_bind calls inet_bind for it, before Linux 6.6. */
+static __always_inline bool is_subflow(struct sock *sk)
+{
+	struct tcp_sock *tcp = (void *)sk;
+
+	if (!bpf_core_field_exists(tcp->is_mptcp) || BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+		return false;
+	return BPF_CORE_READ_BITFIELD_PROBED(tcp, is_mptcp);
 }
 
 /* Name of a device in a network namespace; left as it is when the device is gone. */
@@ -237,15 +270,29 @@ static __always_inline void count(__u64 *counter)
 	__sync_fetch_and_add(counter, 1);
 }
 
-/* Reads the request from the process's memory; it may not be there yet when the call begins. */
-static __always_inline void read_request(struct request *request)
+static __always_inline __u64 get_readable_len(struct request *request)
 {
 	__u64 len = request->addr_len;
 
 	barrier_var(len); /* the verifier wants the very register that is compared */
-	if (len > sizeof(request->sockaddr))
-		len = sizeof(request->sockaddr);
+	return len > sizeof(request->sockaddr) ? sizeof(request->sockaddr) : len;
+}
+
+/* Reads the request from the process's memory; it may not be there yet when the call begins. */
+static __always_inline void read_request(struct request *request)
+{
+	__u64 len = get_readable_len(request);
+
 	if (!bpf_probe_read_user(request->sockaddr, len, (void *)request->user_addr))
+		request->read_len = len;
+}
+
+/* Reads the copy that the kernel made of the request. */
+static __always_inline void read_kernel_request(struct request *request, const void *sockaddr)
+{
+	__u64 len = get_readable_len(request);
+
+	if (!bpf_probe_read_kernel(request->sockaddr, len, sockaddr))
 		request->read_len = len;
 }
 
@@ -340,6 +387,37 @@ static __always_inline void fill_event(struct bind_event *event, struct attempt 
 		fill_request(event, attempt->request);
 }
 
+/* The loader's knobs are constants to the verifier: what nobody asked for costs nothing. */
+static __always_inline bool is_wanted(struct attempt *attempt)
+{
+	__u32 pid = bpf_get_current_pid_tgid() >> 32, i;
+	struct sock *sk = attempt->sk; /* or libbpf would look for our struct in the kernel */
+	__u16 got = 0, asked = 0;
+	bool found = false;
+
+	if (knobs.only_success && attempt->error)
+		return false;
+	if (knobs.pid_count) {
+		for (i = 0; i < MAX_WANTED; i++)
+			found |= i < knobs.pid_count && pid == knobs.pids[i];
+		if (!found)
+			return false;
+	}
+	if (knobs.port_count) {
+		if (sk)
+			got = BPF_CORE_READ(sk, __sk_common.skc_num);
+		if (attempt->request && attempt->request->read_len >= 4)
+			asked = swap16(attempt->request->port);
+		found = false;
+		for (i = 0; i < MAX_WANTED; i++)
+			found |= i < knobs.port_count &&
+				 ((got >= knobs.ports[i].first && got <= knobs.ports[i].last) ||
+				  (asked >= knobs.ports[i].first && asked <= knobs.ports[i].last));
+		return found;
+	}
+	return true;
+}
+
 /* Counts one attempt and puts it into the ring. */
 static __always_inline void submit(struct attempt *attempt)
 {
@@ -347,7 +425,7 @@ static __always_inline void submit(struct attempt *attempt)
 	struct bind_event *event;
 	__u64 waiting;
 
-	if (!counts)
+	if (!counts || !is_wanted(attempt))
 		return;
 	count(&counts->attempted);
 	event = bpf_ringbuf_reserve(&ring, sizeof(*event), 0);
@@ -361,43 +439,176 @@ static __always_inline void submit(struct attempt *attempt)
 	count(&counts->submitted);
 }
 
+/* Counts an attempt that ends up nowhere, under its cause. */
+#define count_lost(cause)                                        \
+	({                                                       \
+		struct bind_counters *counts_ = get_counters();  \
+		if (counts_) {                                   \
+			count(&counts_->attempted);              \
+			count(&counts_->cause);                  \
+		}                                                \
+	})
+
+/* Counts what may have been an attempt and went past a hook that was not run. */
+static __always_inline void count_skipped(void)
+{
+	struct bind_counters *counts = get_counters();
+
+	if (counts)
+		count(&counts->skipped);
+}
+
+/* --- body: calls under way -------------------------------------------------------------------------------------- */
+
+static __always_inline __u64 get_key(enum call call)
+{
+	return bpf_get_current_pid_tgid() | (__u64)call << 56;
+}
+
+static __always_inline struct request *get_request(enum call call)
+{
+	__u64 key = get_key(call);
+
+	return bpf_map_lookup_elem(&inflight, &key);
+}
+
+static __always_inline bool is_under_way(enum call call)
+{
+	__u64 key = get_key(call);
+
+	return bpf_map_lookup_elem(&inflight, &key) || bpf_map_lookup_elem(&overflow, &key);
+}
+
+static __always_inline void forget(enum call call)
+{
+	__u64 key = get_key(call);
+
+	bpf_map_delete_elem(&inflight, &key);
+}
+
+/* What is still remembered when the same thread makes the same call again is one whose end was never seen. */
+static __always_inline void count_missed(enum call call, struct request *missed)
+{
+	if (call == CALL_INET || call == CALL_MPTCP || (call == CALL_TRACEPOINT && is_inet(get_asked_family(missed))))
+		count_lost(lost_return_missed);
+	else if (call != CALL_TRACEPOINT)
+		count_skipped(); /* the attempt itself is reported elsewhere, unless it failed just here */
+}
+
+/* Remembers a request until its call returns; false when there is no room, and then only that is remembered. */
+static __always_inline bool remember(enum call call, struct request *request)
+{
+	struct bind_counters *counts = get_counters();
+	__u64 key = get_key(call);
+	struct request *missed;
+	__u8 yes = 1;
+	long error;
+
+	if (counts)
+		request->number = ++counts->entered << 16 | bpf_get_smp_processor_id();
+	error = bpf_map_update_elem(&inflight, &key, request, BPF_NOEXIST);
+	if (error == -EEXIST) {
+		missed = bpf_map_lookup_elem(&inflight, &key);
+		if (missed)
+			count_missed(call, missed);
+		error = bpf_map_update_elem(&inflight, &key, request, BPF_ANY);
+	}
+	if (error)
+		bpf_map_update_elem(&overflow, &key, &yes, BPF_ANY);
+	return !error;
+}
+
+/* Whether there was no room for the request of the call that ends now. */
+static __always_inline bool was_overflow(enum call call)
+{
+	__u64 key = get_key(call);
+
+	return !bpf_map_delete_elem(&overflow, &key);
+}
+
+/* --- body: programs that the kernel may skip -------------------------------------------------------------------- */
+
+/* Where the kernel can be preempted, a task may lose its CPU in the middle of one of our programs, and until it comes
+ * back the kernel skips that program for everybody else on that CPU. So each has spares: copies that the loader attaches
+ * behind it. A copy does its work only when none before it has: the request is not there yet, or still there.
+ */
+#define COPY(section, name, copy, body) \
+	SEC(section)                    \
+	int name(__u64 *ctx)            \
+	{                               \
+		body(ctx, copy);        \
+		return 0;               \
+	}
+
+/* A program and its spares; body takes the context and the number of the copy. */
+#define COPIES(section, name, body)            \
+	COPY(section, name, 0, body)           \
+	COPY(section, name##_spare1, 1, body)  \
+	COPY(section, name##_spare2, 2, body)
+#define LAST_COPY 2
+
+/* As remember(), in any copy. */
+static __always_inline bool remember_once(enum call call, struct request *request, int copy)
+{
+	__u64 key = get_key(call);
+	struct request *before;
+
+	if (copy) {
+		before = bpf_map_lookup_elem(&inflight, &key);
+		if (before && before->socket == request->socket && before->fd == request->fd)
+			return true;
+		if (!before && bpf_map_lookup_elem(&overflow, &key))
+			return true;
+	}
+	return remember(call, request);
+}
+
+/* For ends that nobody remembers a beginning of, and that report little: whether no copy before has come this far. */
+static __always_inline bool is_first(enum call call, int copy)
+{
+	__u64 key = get_key(call);
+	__u8 yes = 1;
+
+	if (!knobs.spares)
+		return true;
+	if (copy && bpf_map_lookup_elem(&overflow, &key)) {
+		if (copy == LAST_COPY)
+			bpf_map_delete_elem(&overflow, &key);
+		return false;
+	}
+	if (copy != LAST_COPY)
+		bpf_map_update_elem(&overflow, &key, &yes, BPF_ANY);
+	return true;
+}
+
 /* --- handlers: tier tracepoint ---------------------------------------------------------------------------------- */
 
 static __always_inline void count_lost_inflight(struct request *request)
 {
 	struct sock *sk = get_sock((void *)bpf_get_current_task(), request->fd);
-	struct bind_counters *counts = get_counters();
 
-	if (!counts || !is_inet(sk ? get_family(sk) : get_asked_family(request)))
-		return;
-	count(&counts->attempted);
-	count(&counts->lost_inflight_full);
+	if (is_inet(sk ? get_family(sk) : get_asked_family(request)))
+		count_lost(lost_inflight_full);
 }
 
-SEC("tracepoint/syscalls/sys_enter_bind")
-int tracepoint_enter(struct syscall_enter *ctx)
+static __always_inline void enter_tracepoint(void *context, int copy)
 {
-	__u64 thread = bpf_get_current_pid_tgid();
+	struct syscall_enter *ctx = context;
 	struct request request = {
 		.user_addr = ctx->args[1],
 		.fd = ctx->args[0],
 		.addr_len = ctx->args[2],
 	};
-	__u8 yes = 1;
 
 	read_request(&request);
-	if (bpf_map_update_elem(&inflight, &thread, &request, BPF_ANY)) {
+	if (!remember_once(CALL_TRACEPOINT, &request, copy))
 		count_lost_inflight(&request);
-		bpf_map_update_elem(&overflow, &thread, &yes, BPF_ANY);
-	}
-	return 0;
 }
 
-SEC("tracepoint/syscalls/sys_exit_bind")
-int tracepoint_exit(struct syscall_exit *ctx)
+static __always_inline void leave_tracepoint(void *context, int copy)
 {
-	__u64 thread = bpf_get_current_pid_tgid();
-	struct request *request = bpf_map_lookup_elem(&inflight, &thread);
+	struct syscall_exit *ctx = context;
+	struct request *request = get_request(CALL_TRACEPOINT);
 	struct attempt attempt = {
 		.task = (void *)bpf_get_current_task(),
 		.request = request,
@@ -405,9 +616,11 @@ int tracepoint_exit(struct syscall_exit *ctx)
 		.hook = HOOK_TRACEPOINT,
 	};
 
+	(void)copy;
 	if (!request) {
-		bpf_map_delete_elem(&overflow, &thread);
-		return 0;
+		/* A copy before has done it, or there was no room, or it never began: seccomp refused the call. */
+		was_overflow(CALL_TRACEPOINT);
+		return;
 	}
 	if (attempt.error != EBADF && attempt.error != ENOTSOCK)
 		attempt.sk = get_sock(attempt.task, request->fd);
@@ -418,35 +631,29 @@ int tracepoint_exit(struct syscall_exit *ctx)
 	if (!is_inet(attempt.sk ? get_family(attempt.sk) : get_asked_family(request))) {
 		/* not ours */
 	} else if (attempt.error == EFAULT) {
-		struct bind_counters *counts = get_counters();
-
-		if (counts) {
-			count(&counts->attempted);
-			count(&counts->faulted);
-		}
+		count_lost(faulted);
 	} else {
 		submit(&attempt);
 	}
-	bpf_map_delete_elem(&inflight, &thread);
-	return 0;
+	forget(CALL_TRACEPOINT);
 }
+
+COPIES("tracepoint/syscalls/sys_enter_bind", tracepoint_enter, enter_tracepoint)
+COPIES("tracepoint/syscalls/sys_exit_bind", tracepoint_exit, leave_tracepoint)
 
 /* The context of these is the kernel's own socket. They decide about the bind: 1 lets it happen, on every path. */
 static __always_inline int post_bind(struct bpf_sock *ctx)
 {
-	struct task_struct *task = (void *)bpf_get_current_task();
-	__u64 thread = bpf_get_current_pid_tgid();
 	struct attempt attempt = {
-		.task = task,
+		.task = (void *)bpf_get_current_task(),
 		.sk = (void *)ctx,
 		.cookie = bpf_get_socket_cookie(ctx), /* gives the socket one, which tracepoint_exit reads too */
 		.hook = HOOK_POST_BIND,
 	};
 
 	/* tracepoint_exit reports this one, with its request. */
-	if (bpf_map_lookup_elem(&inflight, &thread) || bpf_map_lookup_elem(&overflow, &thread))
-		return 1;
-	submit(&attempt);
+	if (!is_under_way(CALL_TRACEPOINT))
+		submit(&attempt);
 	return 1;
 }
 
@@ -460,4 +667,312 @@ SEC("cgroup/post_bind6")
 int post_bind6(struct bpf_sock *ctx)
 {
 	return post_bind(ctx);
+}
+
+/* --- handlers: what the tiers fexit and kprobe share ------------------------------------------------------------ */
+
+static __always_inline struct sock *get_sk(__u64 socket)
+{
+	return BPF_CORE_READ((struct socket *)socket, sk);
+}
+
+/* mptcp_bind reports this one, as what it is. */
+static __always_inline bool is_within_mptcp(enum call call, struct sock *sk)
+{
+	return call == CALL_INET && is_subflow(sk) && is_under_way(CALL_MPTCP);
+}
+
+/* A call with the kernel's copy of the request. A cgroup program may rewrite that copy, so it is read at once. */
+static __always_inline bool enter(enum call call, __u64 socket, const void *sockaddr, __u32 addr_len, int copy)
+{
+	struct request request = {.socket = socket, .addr_len = addr_len};
+
+	read_kernel_request(&request, sockaddr);
+	return remember_once(call, &request, copy);
+}
+
+/* The end of inet_bind, inet6_bind or mptcp_bind. */
+static __always_inline void leave_protocol(enum call call, struct request *request, int ret, __u8 hook)
+{
+	struct attempt attempt = {
+		.task = (void *)bpf_get_current_task(),
+		.sk = get_sk(request->socket),
+		.request = request,
+		.error = -ret,
+		.hook = hook,
+	};
+
+	if (!is_within_mptcp(call, attempt.sk))
+		submit(&attempt);
+}
+
+/* The end of security_socket_bind: a denial is the end of the attempt. */
+static __always_inline void leave_security(struct request *request, int ret)
+{
+	struct attempt attempt = {
+		.task = (void *)bpf_get_current_task(),
+		.sk = get_sk(request->socket),
+		.request = request,
+		.error = -ret,
+		.hook = HOOK_LSM,
+	};
+
+	if (ret && is_inet(get_family(attempt.sk)))
+		submit(&attempt);
+}
+
+/* Whether __sys_bind may have failed before it called anybody else. */
+static __always_inline bool is_early(int ret, int addr_len)
+{
+	return ret == -EBADF || ret == -ENOTSOCK || ret == -EFAULT ||
+	       (ret == -EINVAL && (addr_len < 0 || addr_len > MAX_ADDR_LEN));
+}
+
+/* The end of __sys_bind: only what fails before all others. */
+static __always_inline void leave_syscall(struct request *request, int ret, __u8 hook)
+{
+	struct attempt attempt = {
+		.task = (void *)bpf_get_current_task(),
+		.request = request,
+		.error = -ret,
+		.hook = hook,
+	};
+
+	if (!is_early(ret, request->addr_len))
+		return;
+	attempt.sk = get_sock(attempt.task, request->fd);
+	if (ret == -EBADF || ret == -ENOTSOCK) {
+		/* With a socket it is the word of somebody who has seen the request, and has been reported. */
+		read_request(request);
+		if (!attempt.sk && is_inet(get_asked_family(request)))
+			submit(&attempt);
+	} else if (attempt.sk && is_inet(get_family(attempt.sk))) {
+		read_request(request);
+		if (ret == -EINVAL)
+			submit(&attempt);
+		else if (request->addr_len && !request->read_len)
+			count_lost(faulted);
+	}
+}
+
+/* --- handlers: tier fexit --------------------------------------------------------------------------------------- */
+
+/* Arguments are words: the type of the second changes between kernels. The last word of an end is the result. */
+
+static __always_inline void enter_function(enum call call, __u64 *ctx, int copy)
+{
+	enter(call, ctx[0], (void *)ctx[1], ctx[2], copy);
+}
+
+static __always_inline void leave_function(enum call call, __u64 *ctx, int copy)
+{
+	struct request *request = get_request(call);
+	struct request late = {.socket = ctx[0], .addr_len = ctx[2]};
+
+	if (request && request->socket == ctx[0]) {
+		leave_protocol(call, request, ctx[3], HOOK_FEXIT);
+		forget(call);
+	} else if (was_overflow(call) || !copy) {
+		/* Nobody saw it begin, or had room for it: what is there now is the best that can be had. */
+		read_kernel_request(&late, (void *)ctx[1]);
+		leave_protocol(call, &late, ctx[3], HOOK_FEXIT);
+	}
+}
+
+static __always_inline void enter_inet(__u64 *ctx, int copy)
+{
+	enter_function(CALL_INET, ctx, copy);
+}
+
+static __always_inline void enter_mptcp(__u64 *ctx, int copy)
+{
+	enter_function(CALL_MPTCP, ctx, copy);
+}
+
+static __always_inline void leave_inet(__u64 *ctx, int copy)
+{
+	leave_function(CALL_INET, ctx, copy);
+}
+
+static __always_inline void leave_mptcp(__u64 *ctx, int copy)
+{
+	leave_function(CALL_MPTCP, ctx, copy);
+}
+
+static __always_inline void leave_security_function(__u64 *ctx, int copy)
+{
+	struct request request = {.socket = ctx[0], .addr_len = ctx[2]};
+	int ret = ctx[3];
+
+	if (!ret || !is_first(CALL_SECURITY, copy))
+		return;
+	read_kernel_request(&request, (void *)ctx[1]);
+	leave_security(&request, ret);
+}
+
+static __always_inline void leave_syscall_function(__u64 *ctx, int copy)
+{
+	struct request request = {.fd = ctx[0], .user_addr = ctx[1], .addr_len = ctx[2]};
+	int ret = ctx[3];
+
+	if (is_early(ret, ctx[2]) && is_first(CALL_SYSCALL, copy))
+		leave_syscall(&request, ret, HOOK_FEXIT);
+}
+
+COPIES("fentry/inet_bind", fentry_inet, enter_inet)
+COPIES("fentry/inet6_bind", fentry_inet6, enter_inet)
+COPIES("fentry/mptcp_bind", fentry_mptcp, enter_mptcp)
+COPIES("fexit/inet_bind", fexit_inet, leave_inet)
+COPIES("fexit/inet6_bind", fexit_inet6, leave_inet)
+COPIES("fexit/mptcp_bind", fexit_mptcp, leave_mptcp)
+COPIES("fexit/security_socket_bind", fexit_security, leave_security_function)
+COPIES("fexit/__sys_bind", fexit_syscall, leave_syscall_function)
+
+/* --- handlers: tier kprobe -------------------------------------------------------------------------------------- */
+
+/* The first three arguments of a function. */
+struct arguments {
+	unsigned long first;
+	unsigned long second;
+	unsigned long third;
+};
+
+static __always_inline struct arguments get_arguments(void *ctx)
+{
+	struct pt_regs___x86_64 *x86 = ctx;
+	struct pt_regs___arm64 *arm = ctx;
+	struct arguments found = {};
+
+	if (bpf_core_field_exists(x86->di)) {
+		found.first = BPF_CORE_READ(x86, di);
+		found.second = BPF_CORE_READ(x86, si);
+		found.third = BPF_CORE_READ(x86, dx);
+	} else if (bpf_core_field_exists(arm->regs)) {
+		bpf_core_read(&found, sizeof(found), &arm->regs);
+	}
+	return found;
+}
+
+static __always_inline int get_result(void *ctx)
+{
+	struct pt_regs___x86_64 *x86 = ctx;
+	struct pt_regs___arm64 *arm = ctx;
+
+	if (bpf_core_field_exists(x86->ax))
+		return BPF_CORE_READ(x86, ax);
+	if (bpf_core_field_exists(arm->regs))
+		return BPF_CORE_READ(arm, regs[0]);
+	return 0;
+}
+
+static __always_inline int kprobe_protocol(enum call call, void *ctx)
+{
+	struct arguments given = get_arguments(ctx);
+
+	if (!enter(call, given.first, (void *)given.second, given.third, 0) && !is_within_mptcp(call, get_sk(given.first)))
+		count_lost(lost_inflight_full);
+	return 0;
+}
+
+static __always_inline int kretprobe_protocol(enum call call, void *ctx)
+{
+	struct request *request = get_request(call);
+
+	if (request) {
+		leave_protocol(call, request, get_result(ctx), HOOK_KPROBE);
+		forget(call);
+	} else if (!was_overflow(call)) {
+		count_skipped();
+	}
+	return 0;
+}
+
+SEC("kprobe/inet_bind")
+int kprobe_inet(void *ctx)
+{
+	return kprobe_protocol(CALL_INET, ctx);
+}
+
+SEC("kretprobe/inet_bind")
+int kretprobe_inet(void *ctx)
+{
+	return kretprobe_protocol(CALL_INET, ctx);
+}
+
+SEC("kprobe/inet6_bind")
+int kprobe_inet6(void *ctx)
+{
+	return kprobe_protocol(CALL_INET, ctx);
+}
+
+SEC("kretprobe/inet6_bind")
+int kretprobe_inet6(void *ctx)
+{
+	return kretprobe_protocol(CALL_INET, ctx);
+}
+
+SEC("kprobe/mptcp_bind")
+int kprobe_mptcp(void *ctx)
+{
+	return kprobe_protocol(CALL_MPTCP, ctx);
+}
+
+SEC("kretprobe/mptcp_bind")
+int kretprobe_mptcp(void *ctx)
+{
+	return kretprobe_protocol(CALL_MPTCP, ctx);
+}
+
+SEC("kprobe/security_socket_bind")
+int kprobe_security(void *ctx)
+{
+	struct arguments given = get_arguments(ctx);
+
+	/* It has a socket and a request: the end of __sys_bind, seen or missed, has nothing to add. */
+	forget(CALL_SYSCALL);
+	enter(CALL_SECURITY, given.first, (void *)given.second, given.third, 0);
+	return 0;
+}
+
+SEC("kretprobe/security_socket_bind")
+int kretprobe_security(void *ctx)
+{
+	struct request *request = get_request(CALL_SECURITY);
+	int ret = get_result(ctx);
+
+	if (request) {
+		leave_security(request, ret);
+		forget(CALL_SECURITY);
+	} else if (was_overflow(CALL_SECURITY)) {
+		if (ret)
+			count_lost(lost_inflight_full);
+	} else if (ret) {
+		count_skipped();
+	}
+	return 0;
+}
+
+SEC("kprobe/__sys_bind")
+int kprobe_syscall(void *ctx)
+{
+	struct arguments given = get_arguments(ctx);
+	struct request request = {.fd = given.first, .user_addr = given.second, .addr_len = given.third};
+
+	remember(CALL_SYSCALL, &request);
+	return 0;
+}
+
+SEC("kretprobe/__sys_bind")
+int kretprobe_syscall(void *ctx)
+{
+	struct request *request = get_request(CALL_SYSCALL);
+	int ret = get_result(ctx);
+
+	if (request) {
+		leave_syscall(request, ret, HOOK_KPROBE);
+		forget(CALL_SYSCALL);
+	} else if (was_overflow(CALL_SYSCALL) && (ret == -EBADF || ret == -ENOTSOCK)) {
+		count_lost(lost_inflight_full);
+	}
+	return 0;
 }

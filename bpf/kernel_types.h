@@ -30,6 +30,7 @@ enum {
 	BPF_MAP_TYPE_RINGBUF = 27,
 	BPF_F_MMAPABLE = 1 << 10,
 	BPF_ANY = 0,
+	BPF_NOEXIST = 1,
 	BPF_RB_NO_WAKEUP = 1 << 0,
 	BPF_RB_FORCE_WAKEUP = 1 << 1,
 	BPF_RB_AVAIL_DATA = 0,
@@ -40,8 +41,11 @@ enum {
 	AF_UNSPEC = 0,
 	AF_INET = 2,
 	AF_INET6 = 10,
+	IPPROTO_TCP = 6,
 	EBADF = 9,
 	EFAULT = 14,
+	EEXIST = 17,
+	EINVAL = 22,
 	ENOTSOCK = 88,
 };
 
@@ -122,6 +126,10 @@ struct inet_sock___before_6_6 {
 	__u8 freebind : 1;
 	__u8 transparent : 1;
 	__u8 bind_address_no_port : 1;
+};
+
+struct tcp_sock {
+	__u8 is_mptcp : 1; /* a subflow */
 };
 
 struct socket {
@@ -209,6 +217,19 @@ struct task_struct {
 	struct files_struct *files;
 	struct nsproxy *nsproxy;
 	struct css_set *cgroups;
+};
+
+/* --- registers at a kprobe: one flavour an architecture, so that one object serves them all --- */
+
+struct pt_regs___x86_64 {
+	unsigned long dx;
+	unsigned long si;
+	unsigned long di;
+	unsigned long ax;
+};
+
+struct pt_regs___arm64 {
+	__u64 regs[31];
 };
 
 #pragma clang attribute pop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,18 @@ MAY_IMPORT = {
     **dict.fromkeys(AROUND, WORDS | AROUND),
     **dict.fromkeys(COMMANDS, WORDS | STAGES | EDGES | AROUND),
 }
+
+IN_TRACER = {
+    "coverage": set(),
+    "host": set(),
+    "ring": {"__init__"},
+    "perf_buffer": {"__init__", "host"},
+    "libbpf": {"__init__", "coverage", "host", "ring"},
+    "bcc": {"__init__", "coverage", "host", "perf_buffer"},
+    "probe": {"__init__", "coverage", "host", "libbpf"},
+    "__init__": {"libbpf", "bcc"},
+}
+"""What each module of the tracer may import of the others."""
 
 ONLY_IN = {
     "confluent_kafka": {"topic"},
@@ -63,6 +76,29 @@ def test_imports_point_downwards(part: str, path: Path) -> None:
     ours = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
 
     assert set() == ours - MAY_IMPORT[part] - {part, "carried", "__version__"}
+
+
+def test_modules_of_the_tracer_have_their_place() -> None:
+    """Loaders do not know each other, what they share does not know them, and nobody knows the probe."""
+    found = {
+        path.stem: {
+            module if (module := name.split(".")[2]) in IN_TRACER else "__init__"
+            for name in imports(path)
+            if name.startswith("pipeline.tracer.")
+        }
+        for path in (PACKAGE / "tracer").glob("*.py")
+    }
+
+    assert set(found) == set(IN_TRACER)
+    assert {name: used - IN_TRACER[name] for name, used in found.items()} == {name: set() for name in IN_TRACER}
+
+
+def test_every_module_is_on_the_map() -> None:
+    """docs/architecture.md names each module of the package, and each of the tracer."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name.removesuffix(".py").rpartition("/")[2] for name in re.findall(r"`([\w./]+)`", page)}
+
+    assert set() == {path.stem for path in (*PACKAGE.glob("*.py"), *(PACKAGE / "tracer").glob("*.py"))} - named
 
 
 @pytest.mark.parametrize(("part", "path"), [pytest.param(*found, id=found[1].name) for found in modules()])

@@ -32,7 +32,7 @@ MAX_RECORDS = 16384
 LOCK_PATH = Path("/run/bindsnoop/agent.lock")
 """Held by the agent of this node as long as it lives."""
 
-TIERS = ("tracepoint",)
+TIERS = ("fexit", "kprobe", "tracepoint", "bcc")
 """Ways to look, best first: ``auto`` takes the first that attaches."""
 
 
@@ -48,16 +48,31 @@ class Burst:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the kernel is to report; whoever records leaves it empty. Empty collections do not restrict.
+
+    ``pids`` process ids. ``ports`` ranges within 1 to 65535; an attempt matches when it asked for one or got one.
+    ``only_success`` leaves out failed attempts. The kernel may let through more than is wanted, never less; what it
+    leaves out is not counted as attempted either.
+    """
+
+    pids: tuple[int, ...] = ()
+    ports: tuple[range, ...] = ()
+    only_success: bool = False
+
+
 class Tracer(Protocol):
     """A source of bursts. One thread reads; ``counters`` may be called from any.
 
-    ``name`` is the tier, ``hooks`` are the programs that are attached, ``notes`` are sentences about what this tracer
-    cannot see and why, empty when it sees all that its tier can.
+    ``name`` is the tier, ``hooks`` are the programs that are attached. ``gaps`` names the kinds of bind that this
+    tracer does not see, of ``coverage.GAPS``; ``notes`` are sentences about what it misses that its tier could see.
     """
 
     name: str
     hooks: Sequence[str]
     notes: Sequence[str]
+    gaps: Sequence[str]
 
     def read(self, timeout_s: float) -> Burst | None:
         """Waits until a batch worth taking has come, at most ``timeout_s`` seconds, and gives all there is.
@@ -95,6 +110,7 @@ def open_tracer(
     ring_bytes: int = RING_BYTES,
     wakeup_bytes: int | None = None,
     max_records: int = MAX_RECORDS,
+    wanted: Wanted | None = None,
     exclusive: bool = False,
     lock_path: Path = LOCK_PATH,
 ) -> Tracer:
@@ -103,11 +119,11 @@ def open_tracer(
     ``ring_bytes`` is a power of two and at least a page. The reader is woken when ``wakeup_bytes`` wait (default: a
     quarter of the ring). ``exclusive`` takes the lock at ``lock_path`` first, so that a node has one agent.
 
-    UsageError when an argument is not what is allowed, TracerUnavailable when the kernel or the machine does not let
-    us; its sentence says what is missing.
+    ``wanted`` restricts what the kernel reports. UsageError when an argument is not what is allowed,
+    TracerUnavailable when the kernel or the machine does not let us; its sentence says what is missing.
     """
     if tier != "auto" and tier not in TIERS:
-        raise UsageError(f"tier {tier!r} is not available in this version; allowed are auto, {', '.join(TIERS)}")
+        raise UsageError(f"there is no tier {tier!r}; allowed are auto, {', '.join(TIERS)}")
     if ring_bytes < mmap.PAGESIZE or ring_bytes & (ring_bytes - 1) or ring_bytes > 1 << 31:
         raise UsageError(
             f"a ring of {ring_bytes} bytes is not possible; allowed are powers of two from {mmap.PAGESIZE} to {1 << 31}"
@@ -122,23 +138,50 @@ def open_tracer(
     if max_records < 1:
         raise UsageError(f"a burst of {max_records} records is not possible; allowed are 1 and more")
 
-    from pipeline.tracer import libbpf
-
     with contextlib.ExitStack() as held:
         if exclusive:
             held.callback(os.close, _lock(lock_path))
         refusals: list[str] = []
-        for name in TIERS if tier == "auto" else (tier,):
+        tiers = TIERS if tier == "auto" else (tier,)
+        for name in tiers:
             try:
-                opened = libbpf.open_tier(
-                    name, ring_bytes=ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records
+                opened = _loader(name)(
+                    name,
+                    ring_bytes=ring_bytes,
+                    wakeup_bytes=wakeup_bytes,
+                    max_records=max_records,
+                    wanted=wanted or Wanted(),
                 )
             except TracerUnavailable as refusal:
-                refusals.append(str(refusal))
+                refusals.append(str(refusal) if len(tiers) == 1 else f"{name}: {refusal}")
             else:
                 opened.held.push(held.pop_all())
                 return opened
         raise TracerUnavailable("; ".join(refusals))
+
+
+class _Loader(Protocol):
+    """Loads and attaches one tier. TracerUnavailable when that is not possible."""
+
+    def __call__(
+        self, name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int, wanted: Wanted
+    ) -> _Opened: ...
+
+
+class _Opened(Tracer, Protocol):
+    """A tracer that can be given more to let go when it is closed."""
+
+    held: contextlib.ExitStack
+
+
+def _loader(tier: str) -> _Loader:
+    if tier == "bcc":
+        from pipeline.tracer import bcc
+
+        return bcc.open_tier
+    from pipeline.tracer import libbpf
+
+    return libbpf.open_tier
 
 
 def _lock(path: Path) -> int:

@@ -1,11 +1,11 @@
-"""Loads ``bpf/bindsnoop.bpf.o`` with the distribution's libbpf and reads its ring.
+"""Loads ``bpf/bindsnoop.bpf.o`` with the distribution's libbpf: the tiers ``fexit``, ``kprobe`` and ``tracepoint``.
 
 The compiled object goes in, a ``Tracer`` comes out. libbpf is called through ctypes: its ABI is stable, it is a
-few hundred kilobytes, and loading takes some 30 ms. The ring and the counters are read straight from their mapped
-memory: a burst is one strided view, however many records it holds, and asking for counters is no system call.
+few hundred kilobytes, and loading takes some 30 ms. The counters are read straight from their mapped memory: asking
+for them is no system call.
 
-Nothing of the host is changed: where tracefs or the cgroup tree is not mounted, a mount that nobody else can see is
-made for a moment, if the process may.
+A tier is a list of hooks. Which of them this kernel has is found out by attaching: a hook that a tier can do without
+leaves a gap with a name, any other refuses the tier.
 """
 
 from __future__ import annotations
@@ -17,53 +17,112 @@ import functools
 import mmap
 import os
 import platform
-import re
 import select
 import struct
 import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
 from pipeline import carried
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import Burst
+from pipeline.tracer import coverage, host
+from pipeline.tracer.ring import Ring
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
-
-class Tier(NamedTuple):
-    """Programs of one way to look: tracepoints in the order of attaching, and those of the root cgroup."""
-
-    tracepoints: tuple[tuple[str, str], ...]
-    cgroup: tuple[str, ...]
+    from pipeline.tracer import Burst, Wanted
 
 
-# The end of the call is attached before its beginning: a request that is remembered always finds its end. post_bind
-# comes last, when both know which binds are theirs.
-TIERS: Final = {
-    "tracepoint": Tier(
-        tracepoints=(
-            ("tracepoint_exit", "syscalls/sys_exit_bind"),
-            ("tracepoint_enter", "syscalls/sys_enter_bind"),
+class Hook(NamedTuple):
+    """A program and where it is attached.
+
+    ``kind`` is one of tracepoint, cgroup, fentry, fexit, kprobe, kretprobe. ``alone`` hooks have no partner that
+    would notice that they were not run, so it is the kernel's own count that says how often. ``spare`` is the number of
+    the copy, 0 for the program itself.
+    """
+
+    program: str
+    kind: str
+    target: str
+    alone: bool = False
+    spare: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.target}"
+
+
+_SPARES: Final = 2
+
+# Hooks in the order of attaching, grouped by what stands or falls together. The end of a call is attached before its
+# beginning: a request that is remembered always finds its end.
+_TRACEPOINTS: Final = (
+    Hook("tracepoint_exit", "tracepoint", "syscalls/sys_exit_bind"),
+    Hook("tracepoint_enter", "tracepoint", "syscalls/sys_enter_bind", alone=True),
+)
+_POST_BIND: Final = (Hook("post_bind4", "cgroup", "post_bind4"), Hook("post_bind6", "cgroup", "post_bind6"))
+
+
+def _function(name: str, target: str) -> dict[str, tuple[Hook, ...]]:
+    return {
+        "fexit": (Hook(f"fexit_{name}", "fexit", target), Hook(f"fentry_{name}", "fentry", target)),
+        "kprobe": (
+            Hook(f"kretprobe_{name}", "kretprobe", target),
+            Hook(f"kprobe_{name}", "kprobe", target, alone=True),
         ),
-        cgroup=("post_bind4", "post_bind6"),
-    ),
+    }
+
+
+def _early_function(name: str, target: str) -> dict[str, tuple[Hook, ...]]:
+    # Nothing rewrites what these two are given: the end alone sees it as it was.
+    hooks = _function(name, target)
+    return {**hooks, "fexit": (hooks["fexit"][0]._replace(alone=True),)}
+
+
+def _with_spares(hooks: Iterable[Hook]) -> tuple[Hook, ...]:
+    """Each hook and the copies that stand in for it while it is stuck; only when all are is something missed.
+
+    A copy has to run behind the one it stands in for: the kernel runs tracepoints' programs in the order of attaching,
+    and those of trampolines the other way round.
+    """
+    numbers = range(_SPARES + 1)
+    return tuple(
+        hook._replace(program=f"{hook.program}_spare{number}" if number else hook.program, spare=number)
+        for hook in hooks
+        for number in (numbers if hook.kind == "tracepoint" else reversed(numbers))
+    )
+
+
+# Every function that a bind can go through; a kernel without IPv6 or MPTCP lacks one, and misses nothing by that.
+_FUNCTIONS: Final = {
+    "inet_bind": _function("inet", "inet_bind"),
+    "inet6_bind": _function("inet6", "inet6_bind"),
+    "mptcp_bind": _function("mptcp", "mptcp_bind"),
+    "security_socket_bind": _early_function("security", "security_socket_bind"),
+    "__sys_bind": _early_function("syscall", "__sys_bind"),
 }
+_REQUIRED: Final = ("inet_bind",)
+_WHERE_THERE_IS: Final = ("inet6_bind", "mptcp_bind")
 
 _UNSEEN = "so binds through io_uring and by 32-bit processes are not seen"
 
-# struct bind_counters of bpf/bind_event.h
-_COUNTERS: Final = ("attempted", "submitted", "lost_ring_full", "lost_inflight_full", "faulted")
+# struct bind_knobs, struct bind_counters and struct request, of bpf/
+_MAX_WANTED: Final = 16
+_COUNTERS: Final = (
+    "attempted", "submitted", "lost_ring_full", "lost_inflight_full", "lost_return_missed", "faulted", "skipped",
+)  # fmt: skip
 _COUNTERS_WORDS: Final = 8
+_REQUEST: Final = struct.Struct("=QQIIIH22x")
+_CALL_TRACEPOINT, _CALL_INET, _CALL_MPTCP = 0, 3, 4
 
-_CAPABILITIES: Final = {12: "NET_ADMIN", 21: "SYS_ADMIN", 38: "PERFMON", 39: "BPF"}
+_SWEEP_SECS: Final = 30.0
+"""A request that has been under way for so long is taken for one whose end was missed: binds take microseconds."""
 
 
 # --- libbpf -------------------------------------------------------------------------------------------------------
@@ -107,8 +166,18 @@ def _libbpf() -> ctypes.CDLL:
         ("bpf_program__fd", number, (pointer,)),
         ("bpf_program__set_autoload", number, (pointer, ctypes.c_bool)),
         ("bpf_program__attach_perf_event", pointer, (pointer, number)),
+        ("bpf_program__attach_kprobe", pointer, (pointer, ctypes.c_bool, text)),
+        ("bpf_program__attach_trace", pointer, (pointer,)),
         ("bpf_program__attach_cgroup", pointer, (pointer, number)),
         ("bpf_link__destroy", number, (pointer,)),
+        ("bpf_link__fd", number, (pointer,)),
+        ("bpf_map_get_next_key", number, (number, pointer, pointer)),
+        ("bpf_map_lookup_elem", number, (number, pointer, pointer)),
+        ("bpf_map_delete_elem", number, (number, pointer)),
+        ("btf__load_vmlinux_btf", pointer, ()),
+        ("btf__load_module_btf", pointer, (text, pointer)),
+        ("btf__find_by_name_kind", ctypes.c_int32, (pointer, text, ctypes.c_uint32)),
+        ("btf__free", None, (pointer,)),
         ("bpf_map__fd", number, (pointer,)),
         ("bpf_map__set_max_entries", number, (pointer, ctypes.c_uint32)),
         ("bpf_map__initial_value", pointer, (pointer, ctypes.POINTER(ctypes.c_size_t))),
@@ -119,220 +188,6 @@ def _libbpf() -> ctypes.CDLL:
         function.argtypes = arguments
     library.libbpf_set_print(ctypes.cast(_listener, pointer))
     return library
-
-
-def _missing_capabilities(*needed: int) -> list[str]:
-    """Names of the capabilities that this process does not have; SYS_ADMIN stands for BPF and PERFMON."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    effective = int(found[1], 16) if found else 0
-    if effective >> 21 & 1:
-        effective |= 1 << 38 | 1 << 39
-    return [_CAPABILITIES[bit] for bit in needed if not effective >> bit & 1]
-
-
-def _permission_sentence(what: str, *needed: int) -> str:
-    missing = _missing_capabilities(*needed)
-    if not missing:
-        return (
-            f"{what} although the process has the capabilities; "
-            "look for a seccomp profile, kernel lockdown or a memlock limit (ulimit -l unlimited)"
-        )
-    names = " and ".join(f"CAP_{name}" for name in missing)
-    return (
-        f"{what}: {names} is missing; run as root, or give it "
-        f"(Kubernetes: securityContext.capabilities.add: [{', '.join(missing)}])"
-    )
-
-
-# --- places that may not be mounted -------------------------------------------------------------------------------
-
-
-def _mounts(kind: str) -> list[Path]:
-    """Where a file system of this kind is mounted, whole, as this process sees it."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split(b" ")
-        if fields[fields.index(b"-") + 1] == kind.encode() and fields[3] == b"/":
-            place = re.sub(rb"\\([0-7]{3})", lambda escape: bytes([int(escape[1], 8)]), fields[4])
-            found.append(Path(os.fsdecode(place)))
-    return found
-
-
-def _private_mount(kind: str) -> int:
-    """Descriptor of a mount of this kind that is in nobody's tree and ends with the descriptor. OSError."""
-    # Numbers of fsopen, fsconfig and fsmount are the same on every architecture but alpha.
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    create, cloexec = 6, 1
-
-    def checked(*arguments: Any) -> int:
-        result = int(call(*arguments))
-        if result < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        return result
-
-    context = checked(430, kind.encode(), cloexec)
-    try:
-        checked(431, context, create, None, None, 0)
-        return checked(432, context, cloexec, 0)
-    finally:
-        os.close(context)
-
-
-def _tracepoint_id(tracepoint: str) -> int:
-    """Number under which the kernel knows a tracepoint such as ``syscalls/sys_enter_bind``."""
-    inside = f"events/{tracepoint}/id"
-    reason = "none is mounted"
-    for root in (*_mounts("tracefs"), *(place / "tracing" for place in _mounts("debugfs"))):
-        try:
-            return int((root / inside).read_text(encoding="ascii"))
-        except OSError as error:
-            reason = f"{root}: {error.strerror}"
-    try:
-        mount = _private_mount("tracefs")
-    except OSError as error:
-        raise TracerUnavailable(
-            f"tracefs is needed to find the tracepoint {tracepoint} ({reason}), and mounting it privately is refused "
-            f"({error.strerror}); mount it (mount -t tracefs tracefs /sys/kernel/tracing) or, in a pod, mount the "
-            "node's /sys/kernel/tracing"
-        ) from error
-    try:
-        with open(inside, encoding="ascii", opener=functools.partial(os.open, dir_fd=mount)) as file:
-            return int(file.read())
-    except OSError as error:
-        raise TracerUnavailable(
-            f"this kernel has no tracepoint {tracepoint}: {error.strerror}; it is built without CONFIG_FTRACE_SYSCALLS"
-        ) from error
-    finally:
-        os.close(mount)
-
-
-def _root_cgroup() -> int:
-    """Descriptor of the root of the version 2 cgroup tree. TracerUnavailable when it is not to be had.
-
-    A container with a cgroup namespace sees its own cgroup as the root: programs there would miss the node.
-    """
-    for place in _mounts("cgroup2"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if os.fstat(descriptor).st_ino == 1:
-                return descriptor
-            os.close(descriptor)
-    with contextlib.suppress(OSError):
-        descriptor = _private_mount("cgroup2")
-        if os.fstat(descriptor).st_ino == 1:
-            return descriptor
-        os.close(descriptor)
-    raise TracerUnavailable(
-        "the root of the version 2 cgroup tree is not visible; mount the node's /sys/fs/cgroup into the container"
-    )
-
-
-# --- the ring -----------------------------------------------------------------------------------------------------
-
-_BUSY: Final = 1 << 31
-_DISCARDED: Final = 1 << 30
-_HEADER_BYTES: Final = 8
-
-
-class Ring:
-    """Reader of a BPF ring buffer whose records all have one size, given by the first of them.
-
-    The kernel's layout: a page with the consumer's position, a page with the producer's, then the data twice in a
-    row, so that every stretch is contiguous. Reading moves a position of our own; ``release`` moves the consumer's.
-    """
-
-    def __init__(
-        self,
-        descriptor: int,
-        ring_bytes: int,
-        *,
-        wakeup_bytes: int,
-        max_records: int,
-        wait: Callable[[float], object],
-    ) -> None:
-        """``wait`` blocks for so many seconds at most, and less when the kernel says that the mark is passed."""
-        self.descriptor = descriptor
-        self._mask = ring_bytes - 1
-        self._wakeup_bytes = wakeup_bytes
-        self._max_records = max_records
-        self._wait = wait
-        page = mmap.PAGESIZE
-        self._consumer = np.frombuffer(mmap.mmap(descriptor, page), np.uint64, 1)
-        self._memory = mmap.mmap(descriptor, page + 2 * ring_bytes, prot=mmap.PROT_READ, offset=page)
-        self._producer = np.frombuffer(self._memory, np.uint64, 1)
-        self._at = int(self._consumer[0])
-        self._record_bytes = 0
-        self._stride = 0
-        self._fence = threading.Lock()
-
-    def read(self, timeout_s: float) -> Burst | None:
-        """The contract is ``Tracer.read``'s."""
-        deadline = time.monotonic() + timeout_s
-        enough = self._wakeup_bytes
-        if self._stride:
-            enough = min(enough, self._max_records * self._stride)
-        while int(self._producer[0]) - self._at < enough:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            self._wait(left)
-        return self._take()
-
-    def _take(self) -> Burst | None:
-        while True:
-            start = mmap.PAGESIZE + (self._at & self._mask)
-            waiting = int(self._producer[0]) - self._at
-            if not waiting:
-                return None
-            if not self._stride and not self._measure(start):
-                return None
-            count = min(waiting // self._stride, self._max_records)
-            headers = np.ndarray((count,), np.uint32, self._memory, start, (self._stride,))
-            odd = np.flatnonzero(headers != self._record_bytes)
-            if odd.size:
-                count = int(odd[0])
-            if not count and not self._skip(int(headers[0])):
-                return None
-            if count:
-                break
-        # Data must not be read before the headers that say it is there: releasing and taking a lock orders them on
-        # processors that would reorder loads.
-        with self._fence:
-            pass
-        with self._fence:
-            records = np.ndarray(
-                (count, self._record_bytes), np.uint8, self._memory, start + _HEADER_BYTES, (self._stride, 1)
-            )
-        self._at += count * self._stride
-        return Burst(records, self._at)
-
-    def _measure(self, start: int) -> bool:
-        """Learns the size of the records from the first; False while that is being written."""
-        (header,) = struct.unpack_from("=I", self._memory, start)
-        if header & _BUSY:
-            return False
-        self._record_bytes = header & ~_DISCARDED
-        self._stride = _HEADER_BYTES + (self._record_bytes + 7 & ~7)
-        return True
-
-    def _skip(self, header: int) -> bool:
-        """Steps over a record that is no record; False when it is one that is still being written."""
-        if header & _BUSY:
-            return False
-        if header & ~_DISCARDED != self._record_bytes:
-            raise TracerUnavailable(
-                f"the ring holds a record of {header & ~_DISCARDED} bytes among records of {self._record_bytes}: "
-                "the BPF object is not the one of this version"
-            )
-        if header & _DISCARDED:
-            self._at += self._stride
-        return True
-
-    def release(self, burst: Burst) -> None:
-        """The contract is ``Tracer.release``'s."""
-        self._consumer[0] = max(burst.end, int(self._consumer[0]))
 
 
 # --- the tracer ---------------------------------------------------------------------------------------------------
@@ -347,22 +202,29 @@ class LibbpfTracer:
     def __init__(
         self,
         name: str,
-        hooks: Sequence[str],
+        attached: Attached,
         notes: Sequence[str],
+        gaps: Sequence[str],
         ring: Ring,
-        counters: npt.NDArray[np.uint64],
-        programs: Sequence[int],
-        links: contextlib.ExitStack,
+        loaded: int,
         held: contextlib.ExitStack,
     ) -> None:
         self.name = name
-        self.hooks = hooks
-        self.notes = notes
+        self.hooks: Sequence[str] = tuple(str(hook) for hook in attached.hooks if not hook.spare)
+        self.notes: Sequence[str] = tuple(notes)
+        self.gaps: Sequence[str] = tuple(gaps)
         self.ring = ring
         self.held = held
-        self._counters = counters
-        self._programs = programs
-        self._links = links
+        self._attached = attached
+        self._alone: dict[tuple[str, str], list[int]] = {}
+        for hook in attached.hooks:
+            if hook.alone:
+                copies = self._alone.setdefault((hook.kind, hook.target), [])
+                copies.append(_program_descriptor(loaded, hook.program))
+        self._counters = _map_counters(_map(loaded, "counters"))
+        self._inflight = Inflight(_map(loaded, "inflight"))
+        # An end whose call began before the beginning was hooked is no loss of this tracer's.
+        self._skipped_before = int(self._counters[:, _COUNTERS.index("skipped")].sum())
 
     def read(self, timeout_s: float) -> Burst | None:
         """The contract is ``Tracer.read``'s."""
@@ -375,88 +237,288 @@ class LibbpfTracer:
     def counters(self) -> dict[str, int]:
         """The contract is ``Tracer.counters``'s.
 
-        ``lost_hook_skipped`` is how often the kernel did not run a program because another one was running on that
-        CPU: each may have been a bind, so it is the most that can be lost that way.
+        ``lost_return_missed`` counts calls whose end was never seen. ``lost_hook_skipped`` is how often a hook was
+        passed by without being run: each time may have been a bind, so it is the most that can be lost that way.
         """
         totals = self._counters.sum(axis=0)
         counts = {name: int(total) for name, total in zip(_COUNTERS, totals, strict=False)}
-        counts["lost_hook_skipped"] = sum(_times_skipped(program) for program in self._programs)
-        counts["attempted"] += counts["lost_hook_skipped"]
+        self._inflight.sweep()
+        skipped = counts.pop("skipped") - self._skipped_before + self._inflight.skipped
+        counts["lost_return_missed"] += self._inflight.missed
+        counts["lost_hook_skipped"] = max(skipped, self._passed_by())
+        counts["attempted"] += self._inflight.missed + counts["lost_hook_skipped"]
         return counts
 
     def detach(self) -> None:
         """The contract is ``Tracer.detach``'s."""
-        self._links.close()
+        self._passed_by()
+        self._attached.links.close()
+        self._inflight.sweep(final=True)
 
     def close(self) -> None:
         """The contract is ``Tracer.close``'s."""
-        self.detach()
+        self._attached.links.close()
         self.held.close()
+
+    def _passed_by(self) -> int:
+        """How often the kernel says that it did not run a hook that has no partner, none of its copies."""
+        return sum(min(map(_times_skipped, copies)) for copies in self._alone.values()) + self._attached.probes_missed()
+
+
+class Attached:
+    """Programs that are attached: ``hooks`` in order, and ``links``, which end them last first."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Hook] = []
+        self.links = contextlib.ExitStack()
+        self._probes: list[int] = []
+        self._missed = 0
+
+    def add(self, hook: Hook, link: int) -> None:
+        """One more, by libbpf's pointer to its link."""
+        self.hooks.append(hook)
+        self.links.callback(_libbpf().bpf_link__destroy, link)
+        if hook.kind == "kprobe":
+            self._probes.append(link)
+            self.links.callback(self._probes.clear)
+
+    def probes_missed(self) -> int:
+        """How often a breakpoint at a beginning was hit and not handled (``nmissed``); 0 before Linux 6.7."""
+        if self._probes:
+            self._missed = sum(_probe_misses(_libbpf().bpf_link__fd(link)) for link in self._probes)
+        return self._missed
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is added inside stands or falls as one: an error detaches it again."""
+        count, probes, outer = len(self.hooks), len(self._probes), self.links
+        with contextlib.ExitStack() as inner:
+            self.links = inner
+            try:
+                yield
+            except BaseException:
+                del self.hooks[count:]
+                del self._probes[probes:]
+                raise
+            finally:
+                self.links = outer
+            outer.push(inner.pop_all())
+
+
+class Inflight:
+    """The map of calls under way, and what is found in it that should be over.
+
+    ``missed`` and ``skipped`` count such calls: those that are lost attempts, and those that may have been.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.missed = 0
+        self.skipped = 0
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._seen: dict[int, int] = {}
+        self._due = time.monotonic() + _SWEEP_SECS
+
+    def sweep(self, *, final: bool = False) -> None:
+        """Counts and forgets what was there at the last sweep already; all there is when nothing can end any more.
+
+        Does nothing before ``_SWEEP_SECS`` have passed since the last time.
+        """
+        with self._lock:
+            if not final and time.monotonic() < self._due:
+                return
+            self._due = time.monotonic() + _SWEEP_SECS
+            found = dict(self._requests())
+            for key, (number, family) in found.items():
+                if final or self._seen.get(key) == number:
+                    self._count(key >> 56, family)
+                    _libbpf().bpf_map_delete_elem(self._descriptor, ctypes.byref(ctypes.c_uint64(key)))
+            self._seen = {key: number for key, (number, _) in found.items()}
+
+    def _count(self, call: int, family: int) -> None:
+        if call in (_CALL_INET, _CALL_MPTCP) or (call == _CALL_TRACEPOINT and family in (2, 10)):
+            self.missed += 1
+        elif call != _CALL_TRACEPOINT:
+            self.skipped += 1
+
+    def _requests(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Key, number and family that was asked for."""
+        library, value = _libbpf(), ctypes.create_string_buffer(_REQUEST.size)
+        key, following = None, ctypes.c_uint64()
+        # A key that goes away in the middle starts the walk again, so it is bounded.
+        for _ in range(1 << 16):
+            if library.bpf_map_get_next_key(self._descriptor, key and ctypes.byref(key), ctypes.byref(following)):
+                return
+            key = ctypes.c_uint64(following.value)
+            if not library.bpf_map_lookup_elem(self._descriptor, ctypes.byref(key), value):
+                number, _, _, _, read_len, family = _REQUEST.unpack(value.raw)
+                yield key.value, (number, family if read_len >= 2 else 0)
 
 
 def _times_skipped(program: int) -> int:
     """``recursion_misses`` of struct bpf_prog_info, 0 before Linux 5.12; tracepoints are counted since 6.7."""
-    info = ctypes.create_string_buffer(256)
-    size = ctypes.c_uint32(len(info))
-    if _libbpf().bpf_obj_get_info_by_fd(program, info, ctypes.byref(size)):
-        return 0
-    misses: int = struct.unpack_from("=Q", info, 208)[0]
-    return misses
+    info = _info(program, 256)
+    return int(struct.unpack_from("=Q", info, 208)[0])
 
 
-def open_tier(name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int) -> LibbpfTracer:
+def _probe_misses(link: int) -> int:
+    """``perf_event.kprobe.missed`` of struct bpf_link_info; 0 before Linux 6.7, and without such a link before 5.15."""
+    return int(struct.unpack_from("=Q", _info(link, 128), 48)[0])
+
+
+def _info(descriptor: int, length: int) -> bytes:
+    info = ctypes.create_string_buffer(length)
+    size = ctypes.c_uint32(length)
+    _libbpf().bpf_obj_get_info_by_fd(descriptor, info, ctypes.byref(size))
+    return info.raw
+
+
+# --- opening a tier -----------------------------------------------------------------------------------------------
+
+
+def open_tier(name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int, wanted: Wanted) -> LibbpfTracer:
     """Loads and attaches the programs of one tier. TracerUnavailable when that is not possible."""
-    tier = TIERS[name]
-    notes = []
+    spares = name == "fexit" and _is_preemptible()
+    given = knobs(wakeup_bytes, wanted, spares=spares)
     with contextlib.ExitStack() as held:
-        links = held.enter_context(contextlib.ExitStack())
-        cgroup_programs = tier.cgroup
-        try:
-            root = _root_cgroup()
-            held.callback(os.close, root)
-        except TracerUnavailable as missing:
-            cgroup_programs = ()
-            notes.append(f"post_bind is not attached, {_UNSEEN}: {missing}")
-        tracepoints = tuple(program for program, _ in tier.tracepoints)
-        try:
-            loaded = _load(tracepoints + cgroup_programs, ring_bytes, wakeup_bytes, held)
-        except PermissionError:
-            # Without NET_ADMIN the kernel refuses the programs of the cgroup, and with them the object.
-            cgroup_programs = ()
-            try:
-                loaded = _load(tracepoints, ring_bytes, wakeup_bytes, held)
-            except PermissionError as error:
-                what = f"the kernel refuses the BPF programs of tier {name} ({_last_words(error)})"
-                raise TracerUnavailable(_permission_sentence(what, 39, 38)) from error
-            notes.append(_permission_sentence(f"post_bind is not attached, {_UNSEEN}", 12))
-        ring_descriptor = _map(loaded, "ring")
+        attached = Attached()
+        held.callback(lambda: attached.links.close())
+        if name == "tracepoint":
+            loaded, notes, gaps = _open_tracepoints(attached, given, ring_bytes, held)
+        else:
+            loaded, notes, gaps = _open_functions(name, attached, given, ring_bytes, held, spares)
+        descriptor = _map(loaded, "ring")
         # Edge-triggered: level-triggered would answer at once as long as a single record waits.
         waiting = held.enter_context(select.epoll())
-        waiting.register(ring_descriptor, select.EPOLLIN | select.EPOLLET)
-        ring = Ring(ring_descriptor, ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records, wait=waiting.poll)
-        hooks = []
-        for program, tracepoint in tier.tracepoints:
-            _attach_tracepoint(loaded, program, tracepoint, links)
-            hooks.append(f"tracepoint:{tracepoint}")
-        for program in cgroup_programs:
-            try:
-                _attach_cgroup(loaded, program, root, links)
-                hooks.append(f"cgroup:{program}")
-            except OSError as error:
-                notes.append(f"{program} is not attached to the root cgroup ({error.strerror}), {_UNSEEN}")
-        return LibbpfTracer(
-            name,
-            tuple(hooks),
-            tuple(notes),
-            ring,
-            _map_counters(_map(loaded, "counters")),
-            [_libbpf().bpf_program__fd(_program(loaded, program)) for program in tracepoints + cgroup_programs],
-            links.pop_all(),
-            held.pop_all(),
-        )
+        waiting.register(descriptor, select.EPOLLIN | select.EPOLLET)
+        ring = Ring(descriptor, ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records, wait=waiting.poll)
+        return LibbpfTracer(name, attached, notes, gaps, ring, loaded, held.pop_all())
 
 
-def _load(programs: Sequence[str], ring_bytes: int, wakeup_bytes: int, held: contextlib.ExitStack) -> int:
+def _open_tracepoints(
+    attached: Attached, knobs: bytes, ring_bytes: int, held: contextlib.ExitStack
+) -> tuple[int, list[str], tuple[str, ...]]:
+    notes = []
+    # Until Linux 7.0 these programs cannot lose their CPU in the middle of a run.
+    preemptible = _is_preemptible() and _functions_there(("trace_call_bpf_faultable",))
+    tracepoints = _with_spares(_TRACEPOINTS) if preemptible else _TRACEPOINTS
+    cgroup_hooks: tuple[Hook, ...] = _POST_BIND
+    root = -1
+    try:
+        root = host.root_cgroup()
+        held.callback(os.close, root)
+    except TracerUnavailable as missing:
+        cgroup_hooks = ()
+        notes.append(f"post_bind is not attached, {_UNSEEN}: {missing}")
+    try:
+        loaded = load(tracepoints + cgroup_hooks, knobs, ring_bytes, held)
+    except PermissionError:
+        # Without NET_ADMIN the kernel refuses the programs of the cgroup, and with them the object.
+        cgroup_hooks = ()
+        loaded = _load_or_say("tracepoint", tracepoints, knobs, ring_bytes, held)
+        notes.append(host.permission_sentence(f"post_bind is not attached, {_UNSEEN}", "NET_ADMIN"))
+    for hook in tracepoints:
+        attached.add(hook, _attach(loaded, hook))
+    # post_bind comes last, when both know which binds are theirs.
+    if cgroup_hooks:
+        try:
+            with attached.together():
+                for hook in cgroup_hooks:
+                    attached.add(hook, _attach_cgroup(loaded, hook, root))
+        except TracerUnavailable as refusal:
+            cgroup_hooks = ()
+            notes.append(f"{refusal}, {_UNSEEN}")
+    return loaded, notes, coverage.of_tracepoints(post_bind=bool(cgroup_hooks))
+
+
+def _open_functions(
+    tier: str, attached: Attached, knobs: bytes, ring_bytes: int, held: contextlib.ExitStack, spares: bool
+) -> tuple[int, list[str], tuple[str, ...]]:
+    there = _functions_there(_FUNCTIONS) if tier == "fexit" else set(_FUNCTIONS)
+    hooks_of = {name: _with_spares(hooks[tier]) if spares else hooks[tier] for name, hooks in _FUNCTIONS.items()}
+    for function in _REQUIRED:
+        if function not in there:
+            raise TracerUnavailable(f"this kernel's BTF does not describe {function}")
+    loaded = _load_or_say(
+        tier,
+        [hook for function, hooks in hooks_of.items() if function in there for hook in hooks],
+        knobs,
+        ring_bytes,
+        held,
+    )
+    notes, unhooked = [], []
+    for function, hooks in hooks_of.items():
+        try:
+            if function not in there:
+                raise _NotThere(f"this kernel's BTF does not describe {function}")
+            with attached.together():
+                for hook in hooks:
+                    attached.add(hook, _attach(loaded, hook))
+        except TracerUnavailable as refusal:
+            if function in _REQUIRED or (function in _WHERE_THERE_IS and not isinstance(refusal, _NotThere)):
+                raise
+            if function not in _WHERE_THERE_IS:
+                unhooked.append(function)
+                notes.append(f"{function} is not hooked: {refusal}")
+    return loaded, notes, coverage.of_functions(unhooked)
+
+
+class _NotThere(TracerUnavailable):
+    """The kernel has no such function."""
+
+
+def _is_preemptible() -> bool:
+    """Whether this kernel can be told to take the CPU from a task that is in the middle of a system call."""
+    return "PREEMPT" in os.uname().version
+
+
+def _functions_there(wanted: Iterable[str]) -> set[str]:
+    """Those of these functions that the kernel's BTF describes; IPv6 may be a module. TracerUnavailable without BTF."""
+    library, function_kind = _libbpf(), 12
+    found: set[str] = set()
+    with contextlib.ExitStack() as held:
+        kernel = library.btf__load_vmlinux_btf()
+        if not kernel:
+            raise _no_btf()
+        held.callback(library.btf__free, kernel)
+        books = [kernel]
+        if Path("/sys/kernel/btf/ipv6").exists() and (module := library.btf__load_module_btf(b"ipv6", kernel)):
+            held.callback(library.btf__free, module)
+            books.append(module)
+        for name in wanted:
+            if any(library.btf__find_by_name_kind(book, name.encode(), function_kind) > 0 for book in books):
+                found.add(name)
+    return found
+
+
+def _no_btf() -> TracerUnavailable:
+    return TracerUnavailable(
+        "this kernel has no BTF (/sys/kernel/btf/vmlinux is missing); it must be built with CONFIG_DEBUG_INFO_BTF=y"
+    )
+
+
+def knobs(wakeup_bytes: int, wanted: Wanted, *, spares: bool = False) -> bytes:
+    """``struct bind_knobs``; a list that is too long for the kernel is not given to it, and everything passes."""
+    pids = wanted.pids if len(wanted.pids) <= _MAX_WANTED else ()
+    ports = wanted.ports if len(wanted.ports) <= _MAX_WANTED else ()
+    return (
+        struct.pack("=QIII", wakeup_bytes, len(pids), len(ports), wanted.only_success)
+        + struct.pack(f"={_MAX_WANTED}I", *pids, *[0] * (_MAX_WANTED - len(pids)))
+        + b"".join(struct.pack("=HH", part.start, part.stop - 1) for part in ports).ljust(4 * _MAX_WANTED, b"\0")
+        + struct.pack("=I", spares)
+    )
+
+
+def _load_or_say(tier: str, hooks: Sequence[Hook], knobs: bytes, ring_bytes: int, held: contextlib.ExitStack) -> int:
+    """As ``load``, with the capabilities named that are missing."""
+    try:
+        return load(hooks, knobs, ring_bytes, held)
+    except PermissionError as error:
+        what = f"the kernel refuses the BPF programs of tier {tier} ({_last_words(error)})"
+        raise TracerUnavailable(host.permission_sentence(what, "BPF", "PERFMON")) from error
+
+
+def load(hooks: Iterable[Hook], knobs: bytes, ring_bytes: int, held: contextlib.ExitStack) -> int:
     """The object with these programs and no others loaded into the kernel, as libbpf's pointer.
 
     PermissionError when the kernel says so, TracerUnavailable for everything else.
@@ -469,6 +531,7 @@ def _load(programs: Sequence[str], ring_bytes: int, wakeup_bytes: int, held: con
     loaded: int | None = library.bpf_object__open_file(os.fsencode(path), None)
     if not loaded:
         raise TracerUnavailable(f"libbpf cannot read {path}: {_last_words(_error())}")
+    programs = {hook.program for hook in hooks}
     with contextlib.ExitStack() as failed:
         failed.callback(library.bpf_object__close, loaded)
         program = library.bpf_object__next_program(loaded, None)
@@ -477,20 +540,19 @@ def _load(programs: Sequence[str], ring_bytes: int, wakeup_bytes: int, held: con
             program = library.bpf_object__next_program(loaded, program)
         for name, entries in (("ring", ring_bytes), ("counters", library.libbpf_num_possible_cpus())):
             library.bpf_map__set_max_entries(library.bpf_object__find_map_by_name(loaded, name.encode()), entries)
-        knobs = library.bpf_object__find_map_by_name(loaded, b".rodata.knobs")
+        initial = library.bpf_object__find_map_by_name(loaded, b".rodata.knobs")
         size = ctypes.c_size_t()
-        value = library.bpf_map__initial_value(knobs, ctypes.byref(size))
-        ctypes.memmove(value, struct.pack("=Q", wakeup_bytes), 8)
+        value = library.bpf_map__initial_value(initial, ctypes.byref(size))
+        if size.value != len(knobs):
+            raise TracerUnavailable(f"the BPF object {path} is not the one of this version; build it with make -C bpf")
+        ctypes.memmove(value, knobs, len(knobs))
         result = library.bpf_object__load(loaded)
         if result in (-errno.EPERM, -errno.EACCES):
             raise PermissionError(-result, os.strerror(-result))
         if result:
             error = OSError(-result, os.strerror(-result))
             if not Path("/sys/kernel/btf/vmlinux").exists():
-                raise TracerUnavailable(
-                    "this kernel has no BTF (/sys/kernel/btf/vmlinux is missing); "
-                    "it must be built with CONFIG_DEBUG_INFO_BTF=y"
-                ) from error
+                raise _no_btf() from error
             raise TracerUnavailable(f"the kernel refuses the BPF programs: {_last_words(error)}") from error
         held.push(failed.pop_all())
     return loaded
@@ -498,7 +560,12 @@ def _load(programs: Sequence[str], ring_bytes: int, wakeup_bytes: int, held: con
 
 def _error() -> OSError:
     number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    return OSError(number, _name_of(number))
+
+
+def _name_of(number: int) -> str:
+    # ENOTSUPP is the kernel's own, and no C library knows it.
+    return "not supported" if number == 524 else os.strerror(number)
 
 
 def _last_words(error: OSError) -> str:
@@ -510,6 +577,11 @@ def _last_words(error: OSError) -> str:
 def _program(loaded: int, name: str) -> int:
     program: int = _libbpf().bpf_object__find_program_by_name(loaded, name.encode())
     return program
+
+
+def _program_descriptor(loaded: int, name: str) -> int:
+    descriptor: int = _libbpf().bpf_program__fd(_program(loaded, name))
+    return descriptor
 
 
 def _map(loaded: int, name: str) -> int:
@@ -527,31 +599,48 @@ def _map_counters(descriptor: int) -> npt.NDArray[np.uint64]:
     return np.frombuffer(memory, np.uint64, words).reshape(cpus, _COUNTERS_WORDS)
 
 
-def _attach_tracepoint(loaded: int, program: str, tracepoint: str, links: contextlib.ExitStack) -> None:
+def _attach(loaded: int, hook: Hook) -> int:
+    """libbpf's pointer to the link. _NotThere when the kernel has no such place, else TracerUnavailable."""
+    library, program = _libbpf(), _program(loaded, hook.program)
+    if hook.kind == "tracepoint":
+        return _attach_tracepoint(program, hook)
+    if hook.kind in ("fentry", "fexit"):
+        link = library.bpf_program__attach_trace(program)
+    else:
+        link = library.bpf_program__attach_kprobe(program, hook.kind == "kretprobe", hook.target.encode())
+    if link:
+        return int(link)
+    error = _error()
+    if hook.kind in ("kprobe", "kretprobe"):
+        if not Path("/sys/bus/event_source/devices/kprobe").exists():
+            raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)") from error
+        if error.errno == errno.ENOENT:
+            raise _NotThere(f"this kernel has no function {hook.target}") from error
+        raise host.perf_event_refused(str(hook), error) from error
+    raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
+
+
+def _attach_tracepoint(program: int, hook: Hook) -> int:
     """Attaches for every process and CPU: the program hangs on the tracepoint, the event only carries it there."""
     attributes = ctypes.create_string_buffer(
-        struct.pack("=IIQQQQQII", 2, 64, _tracepoint_id(tracepoint), 1, 0, 0, 0, 1, 0), 64
+        struct.pack("=IIQQQQQII", 2, 64, host.tracepoint_id(hook.target), 1, 0, 0, 0, 1, 0), 64
     )
     number = {"x86_64": 298, "s390x": 331, "ppc64le": 319}.get(platform.machine(), 241)
     event = ctypes.CDLL(None, use_errno=True).syscall(number, attributes, -1, 0, -1, ctypes.c_ulong(8))
     if event < 0:
         error = _error()
-        if error.errno in (errno.EPERM, errno.EACCES):
-            level = Path("/proc/sys/kernel/perf_event_paranoid").read_text(encoding="ascii").strip()
-            needed = 21 if int(level) > 2 else 38
-            what = f"the kernel refuses perf_event_open (kernel.perf_event_paranoid is {level})"
-            raise TracerUnavailable(_permission_sentence(what, needed)) from error
-        raise TracerUnavailable(f"the tracepoint {tracepoint} cannot be opened: {error.strerror}") from error
-    link = _libbpf().bpf_program__attach_perf_event(_program(loaded, program), event)
+        raise host.perf_event_refused(str(hook), error) from error
+    link = _libbpf().bpf_program__attach_perf_event(program, event)
     if not link:
         error = _error()
         os.close(event)
-        raise TracerUnavailable(f"{program} cannot be attached to {tracepoint}: {error.strerror}") from error
-    links.callback(_libbpf().bpf_link__destroy, link)
+        raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
+    return int(link)
 
 
-def _attach_cgroup(loaded: int, program: str, root: int, links: contextlib.ExitStack) -> None:
-    link = _libbpf().bpf_program__attach_cgroup(_program(loaded, program), root)
+def _attach_cgroup(loaded: int, hook: Hook, root: int) -> int:
+    link = _libbpf().bpf_program__attach_cgroup(_program(loaded, hook.program), root)
     if not link:
-        raise _error()
-    links.callback(_libbpf().bpf_link__destroy, link)
+        error = _error()
+        raise TracerUnavailable(f"{hook.target} is not attached to the root cgroup ({error.strerror})") from error
+    return int(link)
