@@ -325,13 +325,14 @@ def _undelivered_line(sink: Sink, log: telemetry.Log) -> Rarely:
 
 
 def start_message(tracer: Tracer) -> str:
-    """One sentence for the ``start`` record: the program, the tracer, and what this tracer cannot see."""
+    """One sentence for the ``start`` record: the program, the tracer, and what this tracer cannot see.
+
+    Who reads it years later finds the gaps by ``gaps=([a-z0-9_,-]*)``, and what each means in docs/tracing.md.
+    """
     from pipeline import __version__
 
-    blind = "; ".join(tracer.notes)
-    return f"bindsnoop {__version__} traces with {tracer.name} ({', '.join(tracer.hooks)})" + (
-        f"; {blind}" if blind else ""
-    )
+    program = f"bindsnoop {__version__} traces with {tracer.name} ({', '.join(tracer.hooks)})"
+    return "; ".join((program, f"not seen are gaps={','.join(tracer.gaps)}", *tracer.notes))
 
 
 def framing(settings: config.AgentConfig) -> Callable[[pa.BinaryArray], list[bytes]]:
@@ -397,6 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"bindsnoop-agent: {event.one_line(str(error))}", file=sys.stderr)
         return error.exit_code
+    if settings.probe:
+        return _probe(settings)
     log = telemetry.Log(settings.log_level, sys.stderr)
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -406,6 +409,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BindsnoopError as error:
         log.error(str(error))  # noqa: TRY400 - one sentence, never a traceback
         return error.exit_code
+
+
+def _probe(settings: config.AgentConfig) -> int:
+    from pipeline.tracer import probe
+
+    report = probe.report(settings.tracer)
+    sys.stdout.write(probe.as_json(report) if settings.output == "json" else probe.as_text(report))
+    return 0 if report.chosen else 2
 
 
 def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[], bool]) -> int:

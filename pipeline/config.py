@@ -41,11 +41,14 @@ PREFIX = "BINDSNOOP_"
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Settings of ``bindsnoop-agent``. Durations are seconds, sizes bytes; None is none. Of topic and files one is set.
+    """Settings of ``bindsnoop-agent``. Durations are seconds, sizes bytes; None is none. Of topic and files one is set,
+    unless ``probe`` asks for nothing but a report about the host; ``output`` is the form of that.
 
     ``properties`` are those of ``-X``, for librdkafka; ``properties_file`` has more of them, which those override.
     """
 
+    probe: bool
+    output: str
     topic: str | None
     files: Path | None
     bootstrap_servers: str | None
@@ -375,7 +378,7 @@ class Option(NamedTuple):
     ``name`` is the long flag without its dashes; variable and key follow from it. ``field`` is the attribute of the
     settings. ``default`` is written as a user would write it. ``many``: every occurrence adds to the value;
     ``separator`` divides several in a variable, where the kind does not do that itself; ``greedy``: one flag takes
-    all words up to the next flag.
+    all words up to the next flag; ``only_flag``: it makes no sense as a variable or in a file.
     """
 
     name: str
@@ -389,6 +392,7 @@ class Option(NamedTuple):
     many: bool = False
     separator: str = ""
     greedy: bool = False
+    only_flag: bool = False
 
     @property
     def attribute(self) -> str:
@@ -423,6 +427,7 @@ _HOW = "How they are shown"
 _TRACE = "Tracing"
 _STREAM = "The stream"
 _ARCHIVE = "Files of --files"
+_PROBE = "What this host can do"
 _GENERAL = "General"
 
 OPTIONS: tuple[Option, ...] = (
@@ -471,7 +476,10 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "node", _NODE, "Name of this node; by default $NODE_NAME, else the name of the host.", _A + _L, _GENERAL,
     ),
-    Option("tracer", _choice("auto", "tracepoint"), "Where in the kernel to look.", _A + _L, _TRACE, "auto"),
+    Option(
+        "tracer", _choice("auto", "fexit", "kprobe", "tracepoint", "bcc"),
+        "Where in the kernel to look; auto takes the first of these that works.", _A + _L, _TRACE, "auto",
+    ),
     Option(
         "ring-bytes", _size("64KiB", "1GiB", power_of_two=True), "Buffer between the kernel and the command.",
         _A + _L, _TRACE, "16MiB",
@@ -496,19 +504,25 @@ OPTIONS: tuple[Option, ...] = (
     Option("keep-age", _or_none(_duration("1m")), "Delete files older than this, or none.", _A, _ARCHIVE, "none"),
     Option("shutdown", _duration("0s"), "How long to go on delivering after the order to stop.", _A, _STREAM, "20s"),
     Option(
+        "probe", BOOLEAN, "Record nothing: say which tracers work on this host, what they need, and what they miss.",
+        _A, _PROBE, "false", only_flag=True,
+    ),
+    Option("output", _choice("text", "json"), "Form of what --probe says.", _A, _PROBE, "text", "o", only_flag=True),
+    Option(
         "log-level", _choice("error", "warn", "info", "debug"), "What to say on standard error.", _A, _GENERAL, "info",
     ),
     Option("config", _FILE, "Read this file instead of the two below.", _A + _R + _L, _GENERAL),
-    Option("completion", _choice("bash", "zsh"), "Print the completion for this shell.", _A + _R + _L, _GENERAL),
-    Option("version", BOOLEAN, "Print the version.", _A + _R + _L, _GENERAL),
-    Option("help", BOOLEAN, "Print this.", _A + _R + _L, _GENERAL, short="h"),
+    Option(
+        "completion", _choice("bash", "zsh"), "Print the completion for this shell.", _A + _R + _L, _GENERAL,
+        only_flag=True,
+    ),
+    Option("version", BOOLEAN, "Print the version.", _A + _R + _L, _GENERAL, only_flag=True),
+    Option("help", BOOLEAN, "Print this.", _A + _R + _L, _GENERAL, short="h", only_flag=True),
 )  # fmt: skip
 """Every option of every command, in the order of the help. A name that means two things has two rows."""
 
-_ONLY_FLAGS = {"completion", "version", "help"}
-"""What makes no sense as a variable or in a file."""
-
-_NOT_IN_FILES = _ONLY_FLAGS | {"config"}
+_NO_SETTINGS = {"config", "completion", "version", "help"}
+"""What is over when the settings are made."""
 
 
 def options_of(command: Command) -> dict[str, Option]:
@@ -635,8 +649,8 @@ def _scan(command: Command, argv: Sequence[str]) -> dict[str, Written]:
 
 def _environment(environ: Mapping[str, str], options: Mapping[str, Option]) -> dict[str, Written]:
     """The variables by name of the option; an empty one counts as not set."""
-    known = {option.variable for option in OPTIONS if option.name not in _ONLY_FLAGS}
-    mine = {option.variable: option for option in options.values() if option.name not in _ONLY_FLAGS}
+    known = {option.variable for option in OPTIONS if not option.only_flag}
+    mine = {option.variable: option for option in options.values() if not option.only_flag}
     found = {}
     for variable, text in environ.items():
         if not variable.startswith(PREFIX) or _of_kubernetes(variable, text):
@@ -696,15 +710,17 @@ def _file(command: Command, path: Path, layer: int, *, must_exist: bool = False)
     for of, keys in ((None, parsed), *tables.items()):
         if not isinstance(keys, dict):
             raise UsageError(f"{of} in {path}: {keys!r} is not allowed, only a table of settings of that command.")
-        known = {option.key: option for option in OPTIONS if of is None or of in option.commands}
-        for name in _NOT_IN_FILES:
-            known.pop(name, None)
+        known = {
+            option.key: option
+            for option in OPTIONS
+            if (of is None or of in option.commands) and not option.only_flag and option.name != "config"
+        }
         for key, value in keys.items():
             where = f"{key} in {path}" if of is None else f"{of}.{key} in {path}"
             if key not in known:
                 raise UsageError(f"{where} is not known{_near(key, known)}; --help lists the options.")
             option = options_of(command).get(known[key].name)
-            if option is not None and of in {None, command}:
+            if option is not None and not option.only_flag and of in {None, command}:
                 found[option.name] = Written(where, _texts(option, value, where), layer)
     return found
 
@@ -768,6 +784,11 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
     """What no option can say alone."""
     if command == "live":
         return
+    if command == "agent":
+        if values["probe"]:
+            return
+        if written["output"].layer == _FLAGS:
+            raise UsageError(f"{written['output'].where} is set without --probe, which it needs.")
     if values["topic"] is None and not values["files"]:
         verb = "write to" if command == "agent" else "read"
         where = "--topic NAME, --files DIR, or both" if command == "agent" else "--topic NAME, --files PATH…, or both"
@@ -784,7 +805,7 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
 def _settings(
     command: Command, options: Mapping[str, Option], values: dict[str, Any], now_us: int
 ) -> AgentConfig | ReplayConfig | LiveConfig:
-    fields = {options[name].attribute: value for name, value in values.items() if name not in _NOT_IN_FILES}
+    fields = {options[name].attribute: value for name, value in values.items() if name not in _NO_SETTINGS}
     if "properties" in fields:
         fields["properties"] = dict(fields["properties"])
     if command == "agent":
@@ -849,6 +870,7 @@ EXAMPLES: dict[Command, tuple[tuple[str, str], ...]] = {
         ("bindsnoop-agent --files /var/lib/bindsnoop", "into files, without any server"),
         ("bindsnoop-agent --topic binds --bootstrap-servers kafka:9092", "into Kafka"),
         ("BINDSNOOP_TOPIC=binds bindsnoop-agent -X security.protocol=SSL", "with settings of the client"),
+        ("bindsnoop-agent --probe", "what it can see on this host, and what it needs for that"),
     ),
     "replay": (
         ("bindsnoop-replay --topic binds -o json", "everything, as JSON"),
@@ -905,7 +927,7 @@ def help_text(command: Command, width: int) -> str:
             f"command in the table [{command}]) of {SYSTEM_FILE} and ~/.config/bindsnoop/bindsnoop.toml. "
             "Flags win over variables, variables over files."
         ),
-        *([filled(f"Columns: {', '.join(event.columns())}.")] if "output" in options else []),
+        *([filled(f"Columns: {', '.join(event.columns())}.")] if "layout" in options else []),
         *([filled(_ENDINGS)] if command == "replay" else []),
         f"Examples:\n{examples}",
         filled(f"{event.OPTS_LEGEND}."),

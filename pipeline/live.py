@@ -39,10 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(settings: config.LiveConfig) -> int:
-    from pipeline.tracer import open_tracer
+    from pipeline.tracer import Wanted, open_tracer
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes)
+    # The kernel leaves out most of what nobody asked for, and what it lets through is filtered again below.
+    tracer = open_tracer(
+        settings.tracer,
+        ring_bytes=settings.ring_bytes,
+        wanted=Wanted(pids=settings.pids, ports=settings.ports, only_success=settings.ignore_errors),
+    )
     try:
         import pyarrow as pa
 

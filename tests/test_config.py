@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import config, event
 from pipeline.errors import UsageError
+from pipeline.tracer import TIERS
 
 NOWHERE = Path("/nonexistent/bindsnoop.toml")
 NOW_US = 1767323045000000
@@ -322,6 +323,49 @@ def test_no_command_line_breaks_it(argv: list[str]) -> None:
         asked = str(error)
 
     assert isinstance(asked, config.ReplayConfig) or asked.endswith(".")
+
+
+@pytest.mark.parametrize("command", ["agent", "live"])
+def test_a_tracer_is_one_of_the_tiers(command: config.Command) -> None:
+    """--tracer takes auto and every tier, in their order, and names them when it is given another."""
+    option = config.options_of(command)["tracer"]
+
+    assert option.kind.choices == ("auto", *TIERS)
+    assert refusal(command, ["--files=d", "--tracer=kprobes"] if command == "agent" else ["--tracer=kprobes"]) == (
+        "--tracer: 'kprobes' is not allowed, only one of auto, fexit, kprobe, tracepoint, bcc."
+    )
+
+
+def test_a_probe_needs_nothing_else() -> None:
+    """--probe needs no destination, and what a destination would need is not asked for either."""
+    environ = {"BINDSNOOP_REGISTER_SCHEMA": "true"}
+
+    asked = config.parse("agent", ["--probe", "-o", "json"], environ, system_file=NOWHERE)
+
+    assert (asked.probe, asked.output, asked.tracer, asked.topic, asked.files) == (True, "json", "auto", None, None)
+    assert (agent().probe, agent().output) == (False, "text")
+
+
+@pytest.mark.parametrize("argv", [["-o", "json"], ["--output=text"], ["--probe=false", "-ojson"]])
+def test_the_form_of_a_probe_needs_the_probe(argv: list[str]) -> None:
+    """An agent that records has nothing to print."""
+    flag = "--output" if "--output=text" in argv else "-o"
+
+    assert refusal("agent", ["--files=d", *argv]) == f"{flag} is set without --probe, which it needs."
+    assert refusal("agent", ["--probe", "-o", "columns"]) == "-o: 'columns' is not allowed, only one of text, json."
+
+
+def test_a_probe_is_asked_for_on_the_command_line_only(tmp_path: Path) -> None:
+    """A setting that ends the agent must not lie in a file; the form of what the others show is none of its own."""
+    file = tmp_path / "c.toml"
+    file.write_text('output = "json-full"\n')
+
+    assert agent("--config", str(file), environ={"BINDSNOOP_OUTPUT": "json-full"}).output == "text"
+    assert replay("--config", str(file)).output == "json-full"
+    assert "BINDSNOOP_PROBE is not known" in refusal("agent", ["--files=d"], {"BINDSNOOP_PROBE": "true"})
+    for content in ("probe = true\n", '[agent]\noutput = "json"\n'):
+        file.write_text(content)
+        assert " is not known" in refusal("agent", ["--files=d", "--config", str(file)])
 
 
 # --- variables and files ------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def options_page() -> str:
             flags = ", ".join(f"`{flag}`" for flag in option.flags) + (
                 f" {option.kind.metavar}" if option.kind.metavar else ""
             )
-            settable = option.name not in {"completion", "version", "help", "config"}
+            settable = not option.only_flag and option.name != "config"
             names = f"`{option.variable}`, `{option.key}`" if settable else ""
             cells = [flags, names, option.help, f"`{option.default}`" if option.default is not None else ""]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

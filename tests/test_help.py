@@ -137,7 +137,8 @@ def bash_offers(command: config.Command, *words: str, folder: Path) -> list[str]
         ("agent", ["--keep"], ["--keep-bytes", "--keep-age"]),
         ("agent", ["--log-level", "e"], ["error"]),
         ("agent", ["--fo"], []),
-        ("live", ["--tracer", ""], ["auto", "tracepoint"]),
+        ("agent", ["--probe", "-o", ""], ["text", "json"]),
+        ("live", ["--tracer", ""], ["auto", "fexit", "kprobe", "tracepoint", "bcc"]),
     ],
 )
 def test_bash_offers(command: config.Command, words: list[str], offers: list[str], tmp_path: Path) -> None:
