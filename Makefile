@@ -1,7 +1,7 @@
 # Targets for people. `make` alone shows them.
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-kafka test check format bench wheel lock clean
+.PHONY: help setup demo demo-kafka test test-kernels check format bench wheel lock clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ check: setup ## ruff and mypy
 
 test: check ## everything, on real parts: BPF on this kernel, Apache Kafka, a schema registry (root)
 	@$(PY) -m pytest
+
+test-kernels: setup ## every tier in Debian's kernels 5.10 to 7.3 and on arm64, in QEMU; writes the README's table
+	@$(PY) -m tests.kernel matrix --readme
 
 format: setup ## put the sources into their form
 	@.venv/bin/ruff check --fix-only --quiet .
