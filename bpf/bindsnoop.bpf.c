@@ -388,27 +388,32 @@ static __always_inline void fill_event(struct bind_event *event, struct attempt 
 }
 
 /* The loader's knobs are constants to the verifier: what nobody asked for costs nothing. */
-static __always_inline bool is_wanted(struct attempt *attempt)
+static __always_inline bool is_wanted_process(void)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, i;
+
+	if (!knobs.pid_count)
+		return true;
+	for (i = 0; i < MAX_WANTED; i++)
+		if (i < knobs.pid_count && pid == knobs.pids[i])
+			return true;
+	return false;
+}
+
+static __always_inline bool is_wanted(struct attempt *attempt)
+{
 	struct sock *sk = attempt->sk; /* or libbpf would look for our struct in the kernel */
 	__u16 got = 0, asked = 0;
 	bool found = false;
+	__u32 i;
 
-	if (knobs.only_success && attempt->error)
+	if ((knobs.only_success && attempt->error) || !is_wanted_process())
 		return false;
-	if (knobs.pid_count) {
-		for (i = 0; i < MAX_WANTED; i++)
-			found |= i < knobs.pid_count && pid == knobs.pids[i];
-		if (!found)
-			return false;
-	}
 	if (knobs.port_count) {
 		if (sk)
 			got = BPF_CORE_READ(sk, __sk_common.skc_num);
 		if (attempt->request && attempt->request->read_len >= 4)
 			asked = swap16(attempt->request->port);
-		found = false;
 		for (i = 0; i < MAX_WANTED; i++)
 			found |= i < knobs.port_count &&
 				 ((got >= knobs.ports[i].first && got <= knobs.ports[i].last) ||
@@ -435,15 +440,15 @@ static __always_inline void submit(struct attempt *attempt)
 	}
 	fill_event(event, attempt);
 	waiting = bpf_ringbuf_query(&ring, BPF_RB_AVAIL_DATA);
-	bpf_ringbuf_submit(event, waiting - knobs.wakeup_bytes < WAKEUP_WINDOW ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+	bpf_ringbuf_submit(event, waiting - knobs.wakeup_bytes < WAKEUP_WINDOW ? BPF_RB_FORCE_WAKEUP : 0);
 	count(&counts->submitted);
 }
 
-/* Counts an attempt that ends up nowhere, under its cause. */
+/* Counts an attempt that ends up nowhere, under its cause. What of it is wanted cannot be told, but for its process. */
 #define count_lost(cause)                                        \
 	({                                                       \
 		struct bind_counters *counts_ = get_counters();  \
-		if (counts_) {                                   \
+		if (counts_ && is_wanted_process()) {            \
 			count(&counts_->attempted);              \
 			count(&counts_->cause);                  \
 		}                                                \
@@ -502,7 +507,7 @@ static __always_inline bool remember(enum call call, struct request *request)
 	__u64 key = get_key(call);
 	struct request *missed;
 	__u8 yes = 1;
-	long error;
+	int error; /* before Linux 6.4 only these bits of what a map returns mean anything */
 
 	if (counts)
 		request->number = ++counts->entered << 16 | bpf_get_smp_processor_id();

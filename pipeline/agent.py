@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from pipeline.tracer import Burst, Tracer
 
 
+_IDLE_SECS = 0.5
+"""How often an agent looks around while nobody binds: whether it is to stop, and what its destinations want."""
+
+
 class Batch(NamedTuple):
     """Encoded records: ``datums`` one Avro datum each, ``times`` timestamp[us], ``first_pos`` the pos of the first."""
 
@@ -267,9 +271,9 @@ def run(
         for sink in sinks:
             sink.put(batch)
 
-    def take(timeout_secs: float) -> bool:
+    def take(timeout_secs: float, idle_secs: float = 0.0) -> bool:
         nonlocal read
-        burst = tracer.read(timeout_secs)
+        burst = tracer.read(timeout_secs, idle_secs)
         if burst is None:
             return False
         emit(carry(burst, clock.offset_ns(), stream))
@@ -295,7 +299,7 @@ def run(
 
     emit(stream.start(clock.now_us(), start_message, counters()))
     while not stopping():
-        take(max_delay_secs)
+        take(max_delay_secs, _IDLE_SECS)
         tick()
         if stream.due(time.monotonic()):
             declare()

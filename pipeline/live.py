@@ -16,11 +16,11 @@ from pathlib import Path
 from pipeline import config, event
 from pipeline.errors import BindsnoopError
 
-_DELAY_SECS = 0.1
+_DELAY_SECS = 0.05
 """How long a bind may wait in the ring."""
 
 _LOOK_SECS = 1.0
-"""How often the counters are asked whether something was lost."""
+"""How often the counters are asked whether something was lost, and how long nothing at all is waited for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def _main(settings: config.LiveConfig) -> int:
         show(stream.start(time.time_ns() // 1000, f"bindsnoop traces with {tracer.name}", tracer.counters()))
         look = time.monotonic() + _LOOK_SECS
         while True:
-            burst = tracer.read(_DELAY_SECS)
+            burst = tracer.read(_DELAY_SECS, _LOOK_SECS)
             if burst is not None:
                 offset_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
                 batch = records.decode(burst.records, offset_ns)

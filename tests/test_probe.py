@@ -217,7 +217,15 @@ NUMBERS = {"NET_ADMIN": 12, "SYS_ADMIN": 21, "PERFMON": 38, "BPF": 39}
 
 
 def _closed(path: Path) -> bool:
-    return path.stat().st_mode & 0o005 != 0o005
+    needed = 0o005 if path.is_dir() else 0o004
+    return path.stat().st_mode & needed != needed
+
+
+NEEDED = {Path(sys.prefix), Path(sys.base_prefix), ROOT}
+
+
+def _owners_alone() -> list[Path]:
+    return [path for path in (*NEEDED, Path(sys.executable).resolve(), ROOT / "pipeline" / "agent.py") if _closed(path)]
 
 
 def reachable() -> tuple[int, str]:
@@ -227,10 +235,9 @@ def reachable() -> tuple[int, str]:
     folder. Files that are closed themselves can be read by their owner only: then the user is root, who without
     capabilities is nobody special, and no less so than another.
     """
-    needed = {Path(sys.prefix), Path(sys.base_prefix), ROOT}
-    if any(_closed(path) for path in (*needed, Path(sys.executable).resolve(), ROOT / "pipeline" / "agent.py")):
+    if _owners_alone():
         return 0, ""
-    closed = {path: [above for above in reversed(path.parents) if _closed(above)] for path in needed}
+    closed = {path: [above for above in reversed(path.parents) if _closed(above)] for path in NEEDED}
     hidden = sorted(path for path, above in closed.items() if above)
     lines = [f"exec {number}<{shlex.quote(str(path))}" for number, path in enumerate(hidden, 3)]
     tops = {shlex.quote(str(closed[path][0])) for path in hidden}
@@ -301,6 +308,16 @@ def needed(tier: str) -> list[str]:
         pytest.skip(found["why_not"])
     names: list[str] = found["capabilities"]
     return names
+
+
+def test_the_user_is_an_ordinary_one() -> None:
+    """Those that follow are made by another user than root, wherever another can read this checkout."""
+    if closed := _owners_alone():
+        pytest.skip(f"{closed[0]} can be read by its owner alone: the following are made by root without capabilities")
+
+    said = told(TIERS[0], [])
+    assert "CAP_BPF and CAP_PERFMON" in said["refusal"]
+    assert reachable()[0] == USER
 
 
 @pytest.mark.usefixtures("tracefs_for_a_group")

@@ -350,5 +350,6 @@ def test_a_missing_capability_is_a_sentence(dropped: str, missing: str) -> None:
     """The one sentence names the capabilities that are missing and how to give them."""
     (sentence,) = with_capabilities(dropped).splitlines()
 
-    assert f": {missing} is missing; run as root, or give it" in sentence
+    verb, them = ("are", "them") if " and " in missing else ("is", "it")
+    assert f": {missing} {verb} missing; run as root, or give {them}" in sentence
     assert "securityContext.capabilities.add" in sentence

@@ -74,11 +74,13 @@ class Tracer(Protocol):
     notes: Sequence[str]
     gaps: Sequence[str]
 
-    def read(self, timeout_s: float) -> Burst | None:
+    def read(self, timeout_s: float, idle_s: float = 0.0) -> Burst | None:
         """Waits until a batch worth taking has come, at most ``timeout_s`` seconds, and gives all there is.
 
-        None when nothing came. ``read(0)`` takes what is there without waiting. The records stay in the ring until
-        ``release``; a next ``read`` gives the ones behind them. TracerUnavailable when the ring is not readable.
+        While nothing at all is there it may wait up to ``idle_s`` seconds for the first record, and only then begins to
+        count ``timeout_s``: a reader that has nothing to do sleeps. None when nothing came. ``read(0)`` takes what is
+        there without waiting. The records stay in the ring until ``release``; a next ``read`` gives the ones behind
+        them. TracerUnavailable when the ring is not readable.
         """
 
     def release(self, burst: Burst) -> None:

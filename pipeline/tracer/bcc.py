@@ -83,6 +83,9 @@ _COUNTERS: Final = (
 )  # fmt: skip
 _CALL_INET, _CALL_MPTCP = 3, 4
 
+_CALLS_AT_ONCE: Final = 1024
+"""Calls of one function whose ends are followed at the same time, where tracefs is mounted."""
+
 _SWEEP_SECS: Final = 30.0
 """A request that has been under way for so long is taken for one whose end was missed: binds take microseconds."""
 
@@ -179,9 +182,12 @@ def compiled(wanted: Wanted | None = None) -> Any:
     compiler = library()
     try:
         with _heard() as lines:
-            return compiler.BPF(text=source.read_bytes(), cflags=flags)
+            programs = compiler.BPF(text=source.read_bytes(), cflags=flags)
     except Exception as error:  # bcc has no other
         raise _not_compiled(lines, error) from error
+    # What is still attached when the process ends, the kernel detaches; bcc would complain on standard error.
+    atexit.unregister(programs.cleanup)
+    return programs
 
 
 def _wanted(wanted: Wanted | None) -> list[str]:
@@ -257,7 +263,7 @@ class BccTracer:
         # An end whose call began before the beginning was hooked is no loss of this tracer's.
         self._skipped_before = self._totals()["skipped"]
 
-    def read(self, timeout_s: float) -> Burst | None:
+    def read(self, timeout_s: float, idle_s: float = 0.0) -> Burst | None:  # noqa: ARG002 - only its mark wakes it
         """The contract is ``Tracer.read``'s; ``records`` is a copy, in the order of time within the burst."""
         burst = self._buffers.read(timeout_s)
         if burst is not None:
@@ -325,7 +331,7 @@ class Attached:
 
         The end comes before the beginning: a request that is remembered always finds its end.
         """
-        self._hook(self._programs.attach_kretprobe, function, f"leave_{program}")
+        self._hook_end(function, f"leave_{program}")
         try:
             self._hook(self._programs.attach_kprobe, function, f"enter_{program}")
         except TracerUnavailable:
@@ -334,6 +340,18 @@ class Attached:
         self._ends.append(function)
         self._beginnings.append(function)
         self.hooks += [f"kretprobe:{function}", f"kprobe:{function}"]
+
+    def _hook_end(self, function: str, program: str) -> None:
+        """Hooks the end of a function, for as many calls at once as the kernel lets us ask for.
+
+        By itself it follows no more calls than there are CPUs, or ten, and misses the ends of all others. More can be
+        asked for in tracefs alone, where it is mounted; a process that is killed leaves a name there, without effect.
+        """
+        attach = self._programs.attach_kretprobe
+        try:
+            self._hook(functools.partial(attach, maxactive=_CALLS_AT_ONCE), function, program)
+        except TracerUnavailable:
+            self._hook(attach, function, program)
 
     def _hook(self, attach: Any, function: str, program: str) -> None:
         try:
@@ -418,7 +436,7 @@ def open_tier(name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int
         buffers = PerfBuffers(ring_bytes, record_bytes=RECORD_BYTES, wakeup_bytes=wakeup_bytes, max_records=max_records)
         held.callback(buffers.close)
         programs = compiled(wanted)
-        held.callback(_let_go, programs)
+        held.callback(programs.cleanup)
         loaded = {program: _load(programs, program) for program in PROGRAMS}
         programs[b"reporter"][ctypes.c_int(0)] = ctypes.c_int(loaded[REPORT])
         events = programs[b"events"]
@@ -490,9 +508,3 @@ def _forget_compiler(programs: Any) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
     if trim is not None:
         trim(0)
-
-
-def _let_go(programs: Any) -> None:
-    """Frees what bcc keeps until the process ends."""
-    atexit.unregister(programs.cleanup)
-    programs.cleanup()

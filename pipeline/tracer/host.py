@@ -11,14 +11,21 @@ import contextlib
 import ctypes
 import errno
 import functools
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.errors import TracerUnavailable
 
-CAPABILITIES: Final = {12: "NET_ADMIN", 21: "SYS_ADMIN", 38: "PERFMON", 39: "BPF"}
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_GROUP: Final = "bindsnoop"
+_numbers = itertools.count()
+
+CAPABILITIES: Final = {12: "NET_ADMIN", 21: "SYS_ADMIN", 24: "SYS_RESOURCE", 38: "PERFMON", 39: "BPF"}
 
 
 def missing_capabilities(*needed: str) -> list[str]:
@@ -41,8 +48,9 @@ def permission_sentence(what: str, *needed: str) -> str:
             "look for a seccomp profile, kernel lockdown or a memlock limit (ulimit -l unlimited)"
         )
     names = " and ".join(f"CAP_{name}" for name in missing)
+    are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
     return (
-        f"{what}: {names} is missing; run as root, or give it "
+        f"{what}: {names} {are} missing; run as root, or give {them} "
         f"(Kubernetes: securityContext.capabilities.add: [{', '.join(missing)}])"
     )
 
@@ -103,30 +111,86 @@ def private_mount(kind: str) -> int:
 
 def tracepoint_id(tracepoint: str) -> int:
     """Number under which the kernel knows a tracepoint such as ``syscalls/sys_enter_bind``."""
-    inside = f"events/{tracepoint}/id"
-    reason = "none is mounted"
-    for root in (*mounts("tracefs"), *(place / "tracing" for place in mounts("debugfs"))):
+    with tracefs(f"to find the tracepoint {tracepoint}") as root:
         try:
-            return int((root / inside).read_text(encoding="ascii"))
+            return int(_text(root, f"events/{tracepoint}/id"))
+        except FileNotFoundError as error:
+            raise TracerUnavailable(
+                f"this kernel has no tracepoint {tracepoint}: it is built without CONFIG_FTRACE_SYSCALLS"
+            ) from error
         except OSError as error:
-            reason = f"{root}: {error.strerror}"
+            raise TracerUnavailable(
+                f"tracefs does not show the tracepoint {tracepoint} ({error.strerror}); let a group of this user read "
+                "it (mount -o remount,gid=GROUP,mode=750 /sys/kernel/tracing)"
+            ) from error
+
+
+@contextlib.contextmanager
+def tracefs(purpose: str) -> Iterator[int]:
+    """Descriptor of the root of tracefs: where it is mounted and open to this process, else of a mount of our own.
+
+    TracerUnavailable when there is none. ``purpose`` says what for, as ``to find …``.
+    """
+    reason, root = "none is mounted", -1
+    for place in (*mounts("tracefs"), *(place / "tracing" for place in mounts("debugfs"))):
+        try:
+            root = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            reason = f"{place}: {error.strerror}"
+    if root < 0:
+        try:
+            root = private_mount("tracefs")
+        except OSError as error:
+            raise TracerUnavailable(
+                f"tracefs is needed {purpose} ({reason}), and mounting it privately is refused ({error.strerror}); "
+                "mount it (mount -t tracefs tracefs /sys/kernel/tracing) or, in a pod, mount the node's "
+                "/sys/kernel/tracing"
+            ) from error
     try:
-        mount = private_mount("tracefs")
-    except OSError as error:
-        raise TracerUnavailable(
-            f"tracefs is needed to find the tracepoint {tracepoint} ({reason}), and mounting it privately is refused "
-            f"({error.strerror}); mount it (mount -t tracefs tracefs /sys/kernel/tracing) or, in a pod, mount the "
-            "node's /sys/kernel/tracing"
-        ) from error
-    try:
-        with open(inside, encoding="ascii", opener=functools.partial(os.open, dir_fd=mount)) as file:
-            return int(file.read())
-    except OSError as error:
-        raise TracerUnavailable(
-            f"this kernel has no tracepoint {tracepoint}: {error.strerror}; it is built without CONFIG_FTRACE_SYSCALLS"
-        ) from error
+        yield root
     finally:
-        os.close(mount)
+        os.close(root)
+
+
+def _text(root: int, name: str) -> str:
+    with open(name, encoding="ascii", opener=functools.partial(os.open, dir_fd=root)) as file:
+        return file.read()
+
+
+class ReturnProbe:
+    """A return probe that is defined in tracefs, where alone it can be said how many calls it follows at once.
+
+    By itself it follows one a CPU, or two and at least ten, and the ends of all further calls are missed. ``id`` is
+    what perf_event_open takes. The definition does nothing by itself; ``remove`` takes it away.
+    """
+
+    def __init__(self, function: str, calls: int) -> None:
+        """TracerUnavailable when tracefs cannot be written."""
+        self._name = f"{_GROUP}/{function}_{os.getpid()}_{next(_numbers)}"
+        with tracefs(f"to follow {calls} calls of {function} at once") as root:
+            try:
+                self._write(root, f"r{calls}:{self._name} {function}")
+                self.id = int(_text(root, f"events/{self._name}/id"))
+            except OSError as error:
+                raise TracerUnavailable(f"tracefs cannot be written ({error.strerror})") from error
+
+    def remove(self) -> None:
+        """Takes the definition away, and those that others left behind; what is in use stays."""
+        with contextlib.suppress(OSError, TracerUnavailable), tracefs("to remove a probe") as root:
+            for line in _text(root, "kprobe_events").splitlines():
+                name = line.partition(":")[2].partition(" ")[0]
+                if name.startswith(f"{_GROUP}/"):
+                    with contextlib.suppress(OSError):
+                        self._write(root, f"-:{name}")
+
+    @staticmethod
+    def _write(root: int, line: str) -> None:
+        events = os.open("kprobe_events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, dir_fd=root)
+        try:
+            os.write(events, f"{line}\n".encode("ascii"))
+        finally:
+            os.close(events)
 
 
 def root_cgroup() -> int:

@@ -121,6 +121,9 @@ _COUNTERS_WORDS: Final = 8
 _REQUEST: Final = struct.Struct("=QQIIIH22x")
 _CALL_TRACEPOINT, _CALL_INET, _CALL_MPTCP = 0, 3, 4
 
+_CALLS_AT_ONCE: Final = 1024
+"""Calls of one function whose ends are followed at the same time, where tracefs can be written."""
+
 _SWEEP_SECS: Final = 30.0
 """A request that has been under way for so long is taken for one whose end was missed: binds take microseconds."""
 
@@ -226,9 +229,9 @@ class LibbpfTracer:
         # An end whose call began before the beginning was hooked is no loss of this tracer's.
         self._skipped_before = int(self._counters[:, _COUNTERS.index("skipped")].sum())
 
-    def read(self, timeout_s: float) -> Burst | None:
+    def read(self, timeout_s: float, idle_s: float = 0.0) -> Burst | None:
         """The contract is ``Tracer.read``'s."""
-        return self.ring.read(timeout_s)
+        return self.ring.read(timeout_s, idle_s)
 
     def release(self, burst: Burst) -> None:
         """The contract is ``Tracer.release``'s."""
@@ -446,14 +449,16 @@ def _open_functions(
         ring_bytes,
         held,
     )
-    notes, unhooked = [], []
+    notes: list[str] = []
+    unhooked = []
     for function, hooks in hooks_of.items():
         try:
             if function not in there:
                 raise _NotThere(f"this kernel's BTF does not describe {function}")
             with attached.together():
                 for hook in hooks:
-                    attached.add(hook, _attach(loaded, hook))
+                    if not (hook.kind == "kretprobe" and _attach_return(loaded, hook, attached, notes)):
+                        attached.add(hook, _attach(loaded, hook))
         except TracerUnavailable as refusal:
             if function in _REQUIRED or (function in _WHERE_THERE_IS and not isinstance(refusal, _NotThere)):
                 raise
@@ -603,7 +608,7 @@ def _attach(loaded: int, hook: Hook) -> int:
     """libbpf's pointer to the link. _NotThere when the kernel has no such place, else TracerUnavailable."""
     library, program = _libbpf(), _program(loaded, hook.program)
     if hook.kind == "tracepoint":
-        return _attach_tracepoint(program, hook)
+        return _attach_tracepoint(program, hook, host.tracepoint_id(hook.target))
     if hook.kind in ("fentry", "fexit"):
         link = library.bpf_program__attach_trace(program)
     else:
@@ -620,11 +625,22 @@ def _attach(loaded: int, hook: Hook) -> int:
     raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
 
 
-def _attach_tracepoint(program: int, hook: Hook) -> int:
+def _attach_return(loaded: int, hook: Hook, attached: Attached, notes: list[str]) -> bool:
+    """Attaches to the end of a function for as many calls at once as can be asked for; False when none can."""
+    try:
+        probe = host.ReturnProbe(hook.target, _CALLS_AT_ONCE)
+    except TracerUnavailable as refusal:
+        if hook.target in _REQUIRED:
+            notes.append(f"of calls that wait at the same time only the first ones' ends are followed: {refusal}")
+        return False
+    attached.links.callback(probe.remove)
+    attached.add(hook, _attach_tracepoint(_program(loaded, hook.program), hook, probe.id))
+    return True
+
+
+def _attach_tracepoint(program: int, hook: Hook, number_of_event: int) -> int:
     """Attaches for every process and CPU: the program hangs on the tracepoint, the event only carries it there."""
-    attributes = ctypes.create_string_buffer(
-        struct.pack("=IIQQQQQII", 2, 64, host.tracepoint_id(hook.target), 1, 0, 0, 0, 1, 0), 64
-    )
+    attributes = ctypes.create_string_buffer(struct.pack("=IIQQQQQII", 2, 64, number_of_event, 1, 0, 0, 0, 1, 0), 64)
     number = {"x86_64": 298, "s390x": 331, "ppc64le": 319}.get(platform.machine(), 241)
     event = ctypes.CDLL(None, use_errno=True).syscall(number, attributes, -1, 0, -1, ctypes.c_ulong(8))
     if event < 0:

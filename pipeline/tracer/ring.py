@@ -55,8 +55,13 @@ class Ring:
         self._stride = 0
         self._fence = threading.Lock()
 
-    def read(self, timeout_s: float) -> Burst | None:
+    def read(self, timeout_s: float, idle_s: float = 0.0) -> Burst | None:
         """The contract is ``Tracer.read``'s."""
+        if idle_s and int(self._producer[0]) == self._at:
+            # The kernel wakes the reader for the first record after everything was released.
+            self._wait(idle_s)
+            if int(self._producer[0]) == self._at:
+                return None
         deadline = time.monotonic() + timeout_s
         enough = self._wakeup_bytes
         if self._stride:
