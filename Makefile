@@ -20,7 +20,8 @@ check: setup ## ruff and mypy
 	@.venv/bin/ruff format --check --quiet .
 	@.venv/bin/mypy
 
-test: check ## everything, on real parts: BPF on this kernel, Apache Kafka, a schema registry (root)
+test: check ## everything, on real parts: BPF on this kernel and in others, Apache Kafka, a schema registry (root)
+	@scripts/setup test
 	@$(PY) -m pytest
 
 test-kernels: setup ## every tier in Debian's kernels 5.10 to 7.3 and on arm64, in QEMU; writes the README's table

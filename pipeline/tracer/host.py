@@ -57,6 +57,8 @@ def permission_sentence(what: str, *needed: str) -> str:
 
 def perf_event_capability() -> str:
     """The capability that perf_event_open needs here; distributions let ``kernel.perf_event_paranoid`` demand more."""
+    if int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii")) < 38:
+        return "SYS_ADMIN"  # before Linux 5.8 there is no other
     level = Path("/proc/sys/kernel/perf_event_paranoid").read_text(encoding="ascii").strip()
     return "SYS_ADMIN" if int(level) > 2 else "PERFMON"
 
