@@ -93,7 +93,9 @@ def test_every_bind_is_an_event_or_declared(tier: str) -> None:
     """Of threads that all wait in bind() at once each is seen; only bcc misses some, where tracefs is not mounted."""
     seen, counts = wait_all_at_once(tier)
 
-    assert seen + counts["lost_return_missed"] == counts["attempted"] == THREADS
+    assert seen + counts["lost_return_missed"] == THREADS
+    # A hook that was passed by is the most that can be missing, and need not have been a bind.
+    assert counts["attempted"] == THREADS + counts["lost_hook_skipped"]
     assert seen == THREADS or (tier == "bcc" and not host.mounts("tracefs"))
 
 
@@ -106,5 +108,7 @@ def test_ends_that_nobody_follows_are_counted(tier: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(host, "ReturnProbe", refuse)
     seen, counts = wait_all_at_once(tier)
 
-    assert seen + counts["lost_return_missed"] == counts["attempted"] == THREADS
+    assert seen + counts["lost_return_missed"] == THREADS
+    # A hook that was passed by is the most that can be missing, and need not have been a bind.
+    assert counts["attempted"] == THREADS + counts["lost_hook_skipped"]
     assert tier != "kprobe" or seen < THREADS
