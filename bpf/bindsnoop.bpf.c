@@ -118,22 +118,43 @@ static __always_inline bool is_inet(__u16 family)
 	return family == AF_INET || family == AF_INET6;
 }
 
+/* Reads along a chain of pointers. `direct`: the verifier knows the type of the first, and then each step is one load,
+ * of zero where nothing is mapped; else each is a call of some sixty instructions.
+ *
+ * From Linux 6.2 until BTF was sorted, the verifier takes about a millisecond for each direct step, so only programs
+ * that run for every bind read like that: those that are `fast`.
+ */
+#define READ(direct, from, ...) ((direct) ? ___arrow((from), __VA_ARGS__) : BPF_CORE_READ((from), __VA_ARGS__))
+
+/* Since Linux 5.11 (3ca1032ab7ab, "bpf: Implement get_current_task_btf and RET_PTR_TO_BTF_ID"). */
+static __always_inline bool has_direct_task(void)
+{
+	return bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_current_task_btf);
+}
+
 static __always_inline __u16 get_family(struct sock *sk)
 {
 	return BPF_CORE_READ(sk, __sk_common.skc_family);
 }
 
-/* The socket behind a descriptor of the current process, NULL when it is none. */
-static __always_inline struct sock *get_sock(struct task_struct *task, __u32 fd)
+static __always_inline struct file **get_file_slot(struct task_struct *task, bool direct, __u32 fd)
 {
-	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
-	struct file **files, *file = NULL;
+	struct fdtable *fdt = READ(direct, task, files, fdt);
+
+	return fd < READ(direct, fdt, max_fds) ? READ(direct, fdt, fd) + fd : NULL;
+}
+
+/* The socket behind a descriptor of the current process, NULL when it is none. */
+static __always_inline struct sock *get_sock(__u32 fd, bool fast)
+{
+	struct file **slot, *file = NULL;
 	struct socket *socket;
 
-	if (fd >= BPF_CORE_READ(fdt, max_fds))
+	slot = fast && has_direct_task() ? get_file_slot(bpf_get_current_task_btf(), true, fd)
+					 : get_file_slot((void *)bpf_get_current_task(), false, fd);
+	if (!slot)
 		return NULL;
-	files = BPF_CORE_READ(fdt, fd);
-	bpf_probe_read_kernel(&file, sizeof(file), files + fd);
+	bpf_probe_read_kernel(&file, sizeof(file), slot);
 	socket = BPF_CORE_READ(file, private_data);
 	/* Another thread may have put another kind of file there meanwhile: only a socket points back to its file. */
 	if (!socket || BPF_CORE_READ(socket, file) != file)
@@ -141,15 +162,32 @@ static __always_inline struct sock *get_sock(struct task_struct *task, __u32 fd)
 	return BPF_CORE_READ(socket, sk);
 }
 
-static __always_inline __u8 get_opts(struct sock *sk)
+/* What a socket has in common with its like, copied at once: a field is one load then, and sixteen are one call. */
+struct sock_copy {
+	union {
+		struct sock_common common;
+		__u8 bytes[192];
+	};
+};
+
+static __always_inline struct sock_common *copy_sock(struct sock_copy *copy, struct sock *sk)
+{
+	__u64 size = bpf_core_type_size(struct sock_common);
+
+	__builtin_memset(copy, 0, sizeof(*copy));
+	bpf_probe_read_kernel(copy->bytes, size < sizeof(copy->bytes) ? size : sizeof(copy->bytes), sk);
+	return &copy->common;
+}
+
+static __always_inline __u8 get_opts(struct sock *sk, struct sock_common *common)
 {
 	struct inet_sock *inet = (void *)sk;
 	struct inet_sock___before_6_6 *old = (void *)sk;
 	__u8 opts = 0;
 
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_reuse))
+	if (BPF_CORE_READ_BITFIELD(common, skc_reuse))
 		opts |= OPT_REUSEADDR;
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_reuseport))
+	if (BPF_CORE_READ_BITFIELD(common, skc_reuseport))
 		opts |= OPT_REUSEPORT;
 	if (bpf_core_field_exists(inet->inet_flags)) {
 		unsigned long flags = BPF_CORE_READ(inet, inet_flags);
@@ -169,11 +207,11 @@ static __always_inline __u8 get_opts(struct sock *sk)
 }
 
 /* A subflow of a multipath socket: mptcp_bind calls inet_bind for it, before Linux 6.6. */
-static __always_inline bool is_subflow(struct sock *sk)
+static __always_inline bool is_subflow(struct sock *sk, bool direct)
 {
 	struct tcp_sock *tcp = (void *)sk;
 
-	if (!bpf_core_field_exists(tcp->is_mptcp) || BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+	if (!bpf_core_field_exists(tcp->is_mptcp) || READ(direct, sk, sk_protocol) != IPPROTO_TCP)
 		return false;
 	return BPF_CORE_READ_BITFIELD_PROBED(tcp, is_mptcp);
 }
@@ -200,23 +238,25 @@ static __always_inline void get_ifname(char *name, struct net *net, __u32 ifinde
 	}
 }
 
-static __always_inline struct kernfs_node *get_parent(struct kernfs_node *node)
+static __always_inline struct kernfs_node *get_parent(struct kernfs_node *node, bool direct)
 {
 	struct kernfs_node___before_6_15 *old = (void *)node;
 
 	if (bpf_core_field_exists(node->__parent))
-		return BPF_CORE_READ(node, __parent);
-	return BPF_CORE_READ(old, parent);
+		return READ(direct, node, __parent);
+	return READ(direct, old, parent);
 }
 
 /* The process's directory in the hierarchy of one controller. */
-static __always_inline struct kernfs_node *get_controller_node(struct css_set *set, __u32 controller)
+static __always_inline struct kernfs_node *get_controller_node(struct css_set *set, bool direct, __u32 controller)
 {
-	struct cgroup_subsys_state *css = NULL;
+	struct cgroup_subsys_state **slot = (void *)set + bpf_core_field_offset(struct css_set, subsys), *css = NULL;
 
-	bpf_probe_read_kernel(&css, sizeof(css),
-			      (void *)set + bpf_core_field_offset(struct css_set, subsys) + controller * sizeof(css));
-	return BPF_CORE_READ(css, cgroup, kn);
+	if (direct)
+		css = slot[controller];
+	else
+		bpf_probe_read_kernel(&css, sizeof(css), slot + controller);
+	return READ(direct, css, cgroup, kn);
 }
 
 /* Id of the process's cgroup, its name and its parent's.
@@ -224,37 +264,37 @@ static __always_inline struct kernfs_node *get_controller_node(struct css_set *s
  * The id is always of version 2. Where containers live in hierarchies of version 1, version 2 says only "root": there
  * the names are those of the memory controller's hierarchy, or of pids'.
  */
-static __always_inline void get_cgroup(struct bind_event *event, struct task_struct *task)
+static __always_inline void get_cgroup(struct bind_event *event, struct task_struct *task, bool direct)
 {
-	struct css_set *set = BPF_CORE_READ(task, cgroups);
-	struct kernfs_node *node = BPF_CORE_READ(set, dfl_cgrp, kn);
-	struct kernfs_node *parent = get_parent(node);
+	struct css_set *set = READ(direct, task, cgroups);
+	struct kernfs_node *node = READ(direct, set, dfl_cgrp, kn);
+	struct kernfs_node *parent = get_parent(node, direct);
 
-	event->cgroup_id = BPF_CORE_READ(node, id);
+	event->cgroup_id = READ(direct, node, id);
 	if (!parent && bpf_core_enum_value_exists(enum cgroup_subsys_id, memory_cgrp_id)) {
-		node = get_controller_node(set, bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id));
-		parent = get_parent(node);
+		node = get_controller_node(set, direct, bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id));
+		parent = get_parent(node, direct);
 	}
 	if (!parent && bpf_core_enum_value_exists(enum cgroup_subsys_id, pids_cgrp_id)) {
-		node = get_controller_node(set, bpf_core_enum_value(enum cgroup_subsys_id, pids_cgrp_id));
-		parent = get_parent(node);
+		node = get_controller_node(set, direct, bpf_core_enum_value(enum cgroup_subsys_id, pids_cgrp_id));
+		parent = get_parent(node, direct);
 	}
 	if (!parent) /* the root everywhere: no name */
 		return;
-	bpf_probe_read_kernel_str(event->cgroup, sizeof(event->cgroup), BPF_CORE_READ(node, name));
-	bpf_probe_read_kernel_str(event->cgroup_parent, sizeof(event->cgroup_parent), BPF_CORE_READ(parent, name));
+	bpf_probe_read_kernel_str(event->cgroup, sizeof(event->cgroup), READ(direct, node, name));
+	bpf_probe_read_kernel_str(event->cgroup_parent, sizeof(event->cgroup_parent), READ(direct, parent, name));
 }
 
 /* --- body: one attempt ------------------------------------------------------------------------------------------ */
 
 /* What a handler knows of an attempt. */
 struct attempt {
-	struct task_struct *task;
 	struct sock *sk;         /* NULL: there is no socket */
 	struct request *request; /* NULL: the hook cannot see it */
 	__u64 cookie;
 	__u32 error;
 	__u8 hook;
+	bool fast; /* the program runs for every bind: it must cost little, whatever its loading costs */
 };
 
 static __always_inline struct bind_counters *get_counters(void)
@@ -301,44 +341,64 @@ static __always_inline __u16 get_asked_family(struct request *request)
 	return request->read_len >= sizeof(request->family) ? request->family : AF_UNSPEC;
 }
 
-static __always_inline void fill_process(struct bind_event *event, struct task_struct *task)
+/* Threads of the kernel have no memory, and the verifier of some kernels wants to see that we know. */
+static __always_inline void get_exe(struct bind_event *event, struct task_struct *task, bool direct)
 {
-	struct task_struct *parent = BPF_CORE_READ(task, real_parent);
+	struct mm_struct *mm = READ(direct, task, mm);
+	struct file *file = mm ? READ(direct, mm, exe_file) : NULL;
+
+	if (file)
+		bpf_probe_read_kernel_str(event->exe, sizeof(event->exe),
+					  READ(direct, file, f_path.dentry, d_name.name));
+}
+
+static __always_inline void fill_process(struct bind_event *event, struct task_struct *task, bool direct)
+{
+	struct task_struct *parent = READ(direct, task, real_parent);
+	struct nsproxy *nsproxy = READ(direct, task, nsproxy);
 	__u64 thread = bpf_get_current_pid_tgid();
 	__u64 owner = bpf_get_current_uid_gid();
 
 	event->pid = thread >> 32;
 	event->tid = (__u32)thread;
-	event->ppid = BPF_CORE_READ(parent, tgid);
+	event->ppid = READ(direct, parent, tgid);
 	event->uid = (__u32)owner;
 	event->gid = owner >> 32;
-	event->mountnsid = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+	event->mountnsid = READ(direct, nsproxy, mnt_ns, ns.inum);
+	event->netnsid = READ(direct, nsproxy, net_ns, ns.inum); /* the socket's, where there is one */
 	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	parent = BPF_CORE_READ(parent, group_leader);
+	parent = READ(direct, parent, group_leader);
 	bpf_probe_read_kernel_str(event->parent_comm, sizeof(event->parent_comm), &parent->comm);
-	bpf_probe_read_kernel_str(event->exe, sizeof(event->exe),
-				  BPF_CORE_READ(task, mm, exe_file, f_path.dentry, d_name.name));
-	get_cgroup(event, task);
+	get_exe(event, task, direct);
+	get_cgroup(event, task, direct);
 }
 
-static __always_inline void fill_socket(struct bind_event *event, struct sock *sk, struct net *net)
+static __always_inline void fill_socket(struct bind_event *event, struct sock *sk, bool direct)
 {
+	struct sock_copy copy;
+	struct sock_common *common = &sk->__sk_common;
+	struct net *net;
+
+	if (!direct)
+		common = copy_sock(&copy, sk);
+	net = common->skc_net.net;
 	event->known |= KNOWN_SOCKET;
-	event->family = get_family(sk);
-	event->sock_type = BPF_CORE_READ(sk, sk_type);
-	event->proto = BPF_CORE_READ(sk, sk_protocol);
-	event->port = BPF_CORE_READ(sk, __sk_common.skc_num); /* inet_sport is set only after post_bind */
-	event->opts = get_opts(sk);
-	event->cookie = BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+	event->family = common->skc_family;
+	event->sock_type = READ(direct, sk, sk_type);
+	event->proto = READ(direct, sk, sk_protocol);
+	event->port = common->skc_num; /* inet_sport is set only after post_bind */
+	event->opts = get_opts(sk, common);
+	event->cookie = common->skc_cookie.counter;
 	/* The receiving address: of a multicast bind the sending one is 0. */
 	if (event->family == AF_INET6) {
-		event->v6only = BPF_CORE_READ_BITFIELD_PROBED(sk, __sk_common.skc_ipv6only);
-		bpf_core_read(event->addr, 16, &sk->__sk_common.skc_v6_rcv_saddr);
+		event->v6only = BPF_CORE_READ_BITFIELD(common, skc_ipv6only);
+		__builtin_memcpy(event->addr, &common->skc_v6_rcv_saddr, 16);
 	} else {
-		bpf_core_read(event->addr, 4, &sk->__sk_common.skc_rcv_saddr);
+		__builtin_memcpy(event->addr, &common->skc_rcv_saddr, 4);
 	}
+	event->netnsid = READ(direct, net, ns.inum);
 	/* Read late: bind itself may set it, from a scope id. */
-	event->ifindex = BPF_CORE_READ(sk, __sk_common.skc_bound_dev_if);
+	event->ifindex = common->skc_bound_dev_if;
 	if (event->ifindex)
 		get_ifname(event->ifname, net, event->ifindex);
 }
@@ -367,20 +427,19 @@ static __always_inline void fill_request(struct bind_event *event, struct reques
 
 static __always_inline void fill_event(struct bind_event *event, struct attempt *attempt)
 {
-	struct task_struct *task = attempt->task;
 	struct sock *sk = attempt->sk;
-	struct net *net;
 
 	/* A slot is not cleared when it is reserved. */
 	__builtin_memset(event, 0, sizeof(*event));
 	event->boottime_ns = bpf_ktime_get_boot_ns();
 	event->hook = attempt->hook;
 	event->error = attempt->error;
-	fill_process(event, task);
-	net = sk ? BPF_CORE_READ(sk, __sk_common.skc_net.net) : BPF_CORE_READ(task, nsproxy, net_ns);
-	event->netnsid = BPF_CORE_READ(net, ns.inum);
+	if (attempt->fast && has_direct_task())
+		fill_process(event, bpf_get_current_task_btf(), true);
+	else
+		fill_process(event, (void *)bpf_get_current_task(), false);
 	if (sk)
-		fill_socket(event, sk, net);
+		fill_socket(event, sk, attempt->fast && attempt->hook == HOOK_FEXIT);
 	if (attempt->cookie)
 		event->cookie = attempt->cookie;
 	if (attempt->request)
@@ -590,7 +649,7 @@ static __always_inline bool is_first(enum call call, int copy)
 
 static __always_inline void count_lost_inflight(struct request *request)
 {
-	struct sock *sk = get_sock((void *)bpf_get_current_task(), request->fd);
+	struct sock *sk = get_sock(request->fd, false);
 
 	if (is_inet(sk ? get_family(sk) : get_asked_family(request)))
 		count_lost(lost_inflight_full);
@@ -615,20 +674,19 @@ static __always_inline void leave_tracepoint(void *context, int copy)
 	struct syscall_exit *ctx = context;
 	struct request *request = get_request(CALL_TRACEPOINT);
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
 		.request = request,
 		.error = -ctx->ret,
 		.hook = HOOK_TRACEPOINT,
+		.fast = !copy,
 	};
 
-	(void)copy;
 	if (!request) {
 		/* A copy before has done it, or there was no room, or it never began: seccomp refused the call. */
 		was_overflow(CALL_TRACEPOINT);
 		return;
 	}
 	if (attempt.error != EBADF && attempt.error != ENOTSOCK)
-		attempt.sk = get_sock(attempt.task, request->fd);
+		attempt.sk = get_sock(request->fd, attempt.fast);
 	/* The page of the request was not in memory when the call began; the kernel itself has fetched it since. */
 	if (!request->read_len && request->addr_len && attempt.error != EFAULT)
 		read_request(request);
@@ -650,7 +708,6 @@ COPIES("tracepoint/syscalls/sys_exit_bind", tracepoint_exit, leave_tracepoint)
 static __always_inline int post_bind(struct bpf_sock *ctx)
 {
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
 		.sk = (void *)ctx,
 		.cookie = bpf_get_socket_cookie(ctx), /* gives the socket one, which tracepoint_exit reads too */
 		.hook = HOOK_POST_BIND,
@@ -682,9 +739,9 @@ static __always_inline struct sock *get_sk(__u64 socket)
 }
 
 /* mptcp_bind reports this one, as what it is. */
-static __always_inline bool is_within_mptcp(enum call call, struct sock *sk)
+static __always_inline bool is_within_mptcp(enum call call, struct sock *sk, bool direct)
 {
-	return call == CALL_INET && is_subflow(sk) && is_under_way(CALL_MPTCP);
+	return call == CALL_INET && is_subflow(sk, direct) && is_under_way(CALL_MPTCP);
 }
 
 /* A call with the kernel's copy of the request. A cgroup program may rewrite that copy, so it is read at once. */
@@ -697,17 +754,18 @@ static __always_inline bool enter(enum call call, __u64 socket, const void *sock
 }
 
 /* The end of inet_bind, inet6_bind or mptcp_bind. */
-static __always_inline void leave_protocol(enum call call, struct request *request, int ret, __u8 hook)
+static __always_inline void leave_protocol(enum call call, struct request *request, struct sock *sk, int ret, __u8 hook,
+					   bool fast)
 {
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
-		.sk = get_sk(request->socket),
+		.sk = sk,
 		.request = request,
 		.error = -ret,
 		.hook = hook,
+		.fast = fast,
 	};
 
-	if (!is_within_mptcp(call, attempt.sk))
+	if (!is_within_mptcp(call, sk, fast && hook == HOOK_FEXIT))
 		submit(&attempt);
 }
 
@@ -715,7 +773,6 @@ static __always_inline void leave_protocol(enum call call, struct request *reque
 static __always_inline void leave_security(struct request *request, int ret)
 {
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
 		.sk = get_sk(request->socket),
 		.request = request,
 		.error = -ret,
@@ -737,7 +794,6 @@ static __always_inline bool is_early(int ret, int addr_len)
 static __always_inline void leave_syscall(struct request *request, int ret, __u8 hook)
 {
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
 		.request = request,
 		.error = -ret,
 		.hook = hook,
@@ -745,7 +801,7 @@ static __always_inline void leave_syscall(struct request *request, int ret, __u8
 
 	if (!is_early(ret, request->addr_len))
 		return;
-	attempt.sk = get_sock(attempt.task, request->fd);
+	attempt.sk = get_sock(request->fd, false);
 	if (ret == -EBADF || ret == -ENOTSOCK) {
 		/* With a socket it is the word of somebody who has seen the request, and has been reported. */
 		read_request(request);
@@ -773,14 +829,17 @@ static __always_inline void leave_function(enum call call, __u64 *ctx, int copy)
 {
 	struct request *request = get_request(call);
 	struct request late = {.socket = ctx[0], .addr_len = ctx[2]};
+	/* The verifier knows what the first word points to, but no longer after it has been in the map. */
+	bool fast = call == CALL_INET && !copy;
+	struct sock *sk = READ(fast, (struct socket *)ctx[0], sk);
 
 	if (request && request->socket == ctx[0]) {
-		leave_protocol(call, request, ctx[3], HOOK_FEXIT);
+		leave_protocol(call, request, sk, ctx[3], HOOK_FEXIT, fast);
 		forget(call);
 	} else if (was_overflow(call) || !copy) {
 		/* Nobody saw it begin, or had room for it: what is there now is the best that can be had. */
 		read_kernel_request(&late, (void *)ctx[1]);
-		leave_protocol(call, &late, ctx[3], HOOK_FEXIT);
+		leave_protocol(call, &late, sk, ctx[3], HOOK_FEXIT, false);
 	}
 }
 
@@ -842,6 +901,14 @@ struct arguments {
 	unsigned long third;
 };
 
+/* One load from the context: the verifier refuses what clang makes when it joins those of two architectures. */
+#define LOAD(place)                                \
+	({                                         \
+		unsigned long value_ = (place);    \
+		barrier_var(value_);               \
+		value_;                            \
+	})
+
 static __always_inline struct arguments get_arguments(void *ctx)
 {
 	struct pt_regs___x86_64 *x86 = ctx;
@@ -849,11 +916,13 @@ static __always_inline struct arguments get_arguments(void *ctx)
 	struct arguments found = {};
 
 	if (bpf_core_field_exists(x86->di)) {
-		found.first = BPF_CORE_READ(x86, di);
-		found.second = BPF_CORE_READ(x86, si);
-		found.third = BPF_CORE_READ(x86, dx);
+		found.first = LOAD(x86->di);
+		found.second = LOAD(x86->si);
+		found.third = LOAD(x86->dx);
 	} else if (bpf_core_field_exists(arm->regs)) {
-		bpf_core_read(&found, sizeof(found), &arm->regs);
+		found.first = LOAD(arm->regs[0]);
+		found.second = LOAD(arm->regs[1]);
+		found.third = LOAD(arm->regs[2]);
 	}
 	return found;
 }
@@ -864,27 +933,26 @@ static __always_inline int get_result(void *ctx)
 	struct pt_regs___arm64 *arm = ctx;
 
 	if (bpf_core_field_exists(x86->ax))
-		return BPF_CORE_READ(x86, ax);
+		return LOAD(x86->ax);
 	if (bpf_core_field_exists(arm->regs))
-		return BPF_CORE_READ(arm, regs[0]);
+		return LOAD(arm->regs[0]);
 	return 0;
 }
 
-static __always_inline int kprobe_protocol(enum call call, void *ctx)
+static __always_inline int kprobe_protocol(enum call call, struct arguments given)
 {
-	struct arguments given = get_arguments(ctx);
-
-	if (!enter(call, given.first, (void *)given.second, given.third, 0) && !is_within_mptcp(call, get_sk(given.first)))
+	if (!enter(call, given.first, (void *)given.second, given.third, 0) &&
+	    !is_within_mptcp(call, get_sk(given.first), false))
 		count_lost(lost_inflight_full);
 	return 0;
 }
 
-static __always_inline int kretprobe_protocol(enum call call, void *ctx)
+static __always_inline int kretprobe_protocol(enum call call, int ret)
 {
 	struct request *request = get_request(call);
 
 	if (request) {
-		leave_protocol(call, request, get_result(ctx), HOOK_KPROBE);
+		leave_protocol(call, request, get_sk(request->socket), ret, HOOK_KPROBE, call == CALL_INET);
 		forget(call);
 	} else if (!was_overflow(call)) {
 		count_skipped();
@@ -895,37 +963,37 @@ static __always_inline int kretprobe_protocol(enum call call, void *ctx)
 SEC("kprobe/inet_bind")
 int kprobe_inet(void *ctx)
 {
-	return kprobe_protocol(CALL_INET, ctx);
+	return kprobe_protocol(CALL_INET, get_arguments(ctx));
 }
 
 SEC("kretprobe/inet_bind")
 int kretprobe_inet(void *ctx)
 {
-	return kretprobe_protocol(CALL_INET, ctx);
+	return kretprobe_protocol(CALL_INET, get_result(ctx));
 }
 
 SEC("kprobe/inet6_bind")
 int kprobe_inet6(void *ctx)
 {
-	return kprobe_protocol(CALL_INET, ctx);
+	return kprobe_protocol(CALL_INET, get_arguments(ctx));
 }
 
 SEC("kretprobe/inet6_bind")
 int kretprobe_inet6(void *ctx)
 {
-	return kretprobe_protocol(CALL_INET, ctx);
+	return kretprobe_protocol(CALL_INET, get_result(ctx));
 }
 
 SEC("kprobe/mptcp_bind")
 int kprobe_mptcp(void *ctx)
 {
-	return kprobe_protocol(CALL_MPTCP, ctx);
+	return kprobe_protocol(CALL_MPTCP, get_arguments(ctx));
 }
 
 SEC("kretprobe/mptcp_bind")
 int kretprobe_mptcp(void *ctx)
 {
-	return kretprobe_protocol(CALL_MPTCP, ctx);
+	return kretprobe_protocol(CALL_MPTCP, get_result(ctx));
 }
 
 SEC("kprobe/security_socket_bind")

@@ -36,6 +36,10 @@ enum {
 	BPF_RB_AVAIL_DATA = 0,
 };
 
+enum bpf_func_id {
+	BPF_FUNC_get_current_task_btf = 158,
+};
+
 /* include/linux/socket.h, include/uapi/linux/in.h, include/uapi/asm-generic/errno.h */
 enum {
 	AF_UNSPEC = 0,

@@ -6,7 +6,6 @@ SEC("raw_tp")
 int account_attempt(__u64 *ctx)
 {
 	struct attempt attempt = {
-		.task = (void *)bpf_get_current_task(),
 		.error = ctx[0],
 		.hook = HOOK_KPROBE,
 	};
@@ -15,15 +14,17 @@ int account_attempt(__u64 *ctx)
 	return 0;
 }
 
-/* Beginning and end of one inet_bind, as a kprobe sees them. */
+/* Beginning and end of one inet_bind, as a kprobe sees them: its arguments, its result. */
 SEC("raw_tp")
 int account_begin(__u64 *ctx)
 {
-	return kprobe_protocol(CALL_INET, ctx);
+	struct arguments given = {ctx[0], ctx[1], ctx[2]};
+
+	return kprobe_protocol(CALL_INET, given);
 }
 
 SEC("raw_tp")
 int account_end(__u64 *ctx)
 {
-	return kretprobe_protocol(CALL_INET, ctx);
+	return kretprobe_protocol(CALL_INET, ctx[0]);
 }
