@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import replaying, tracing
+from benchmarks import bursts, replaying, tiers, tracing
 from benchmarks.measure import ROOT, Failed, Result
 from tests.broker import ServerFailed, kafka
 
@@ -42,6 +42,8 @@ ROWS: dict[str, Row] = {
     "files": Row("replay the same from files, a filter keeps 0.1 %", "`fastavro.reader`, `if`", "≥ 10 times"),
     "agent": Row("agent at 100,000 binds/s, kernel to acknowledgement: CPU an event", "", "all, ≤ 5 µs"),
     "highest": Row("agent, highest rate without a loss", "", ""),
+    "burst": Row("agent at 200,000 binds/s from two threads", "", "nothing lost, or declared"),
+    "ring": Row("sizes of the ring at 200,000 binds/s", "", ""),
     "bind-fails": Row(
         "added to a `bind()` that fails",
         "bpftrace, same fields",
@@ -51,15 +53,26 @@ ROWS: dict[str, Row] = {
         "Linux 5.11",
     ),
     "bind-works": Row("added to `socket`, `bind`, `close`", "bpftrace, same fields", "less"),
+    **{
+        f"tier-{tier}": Row(
+            f"instructions added by tier `{tier}` to a `bind()` that fails, and to `socket`, `bind`, `close`",
+            "bpftrace, same hooks",
+            "less",
+        )
+        for tier in tiers.TIERS
+    },
     "memory": Row("agent at 10,000 binds/s: RssAnon", "", "≤ 110 MiB, flat"),
     "help": Row("`--help`", "", "≤ 0.15 s"),
     "first-line": Row("first line of a replay of a small topic", "", "≤ 0.7 s"),
+    "first-event": Row("first event of `bindsnoop`, from its start", "", "≤ 0.5 s"),
 }
 """Every row, in the order of the table."""
 
 _NEEDS_EVENTS = (*replaying.COMPARED, "first-line")
-_NEEDS_KAFKA = (*_NEEDS_EVENTS, "agent", "highest", "memory")
-_NEEDS_ROOT = ("agent", "highest", "memory", *tracing.MODES)
+_NEEDS_KAFKA = (*_NEEDS_EVENTS, "agent", "highest", "burst", "ring", "memory")
+_IN_GUESTS = tuple(f"tier-{tier}" for tier in tiers.TIERS)
+_NEEDS_ROOT = ("agent", "highest", "burst", "ring", "memory", "first-event", *tracing.MODES)
+_NEEDS_LOAD = (*_NEEDS_ROOT, *_IN_GUESTS)
 
 
 class Size(NamedTuple):
@@ -71,10 +84,11 @@ class Size(NamedTuple):
     step_secs: float
     cost_secs: float
     memory_secs: float
+    guest_rounds: int
 
 
-FULL = Size(binds=2_000_000, prefix=100_000, agent_secs=30, step_secs=10, cost_secs=2, memory_secs=600)
-QUICK = Size(binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30)
+FULL = Size(binds=2_000_000, prefix=100_000, agent_secs=30, step_secs=10, cost_secs=2, memory_secs=600, guest_rounds=3)
+QUICK = Size(binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30, guest_rounds=1)
 
 
 README = ROOT / "README.md"
@@ -101,6 +115,8 @@ def measured(names: Sequence[str], size: Size, rounds: int) -> Iterator[tuple[st
                     yield "first-line", replaying.first_line(store, rounds)
         if "help" in names:
             yield "help", replaying.help_(rounds)
+        if "first-event" in names:
+            yield "first-event", tracing.first_event(rounds)
         modes = [name for name in names if name in tracing.MODES]
         if modes:
             yield from tracing.cost(modes, rounds, size.cost_secs, say)
@@ -108,6 +124,13 @@ def measured(names: Sequence[str], size: Size, rounds: int) -> Iterator[tuple[st
             yield "agent", tracing.at_rate(bootstrap, size.agent_secs)
         if "highest" in names:
             yield "highest", tracing.highest_rate(bootstrap, size.step_secs, say)
+        if "burst" in names:
+            yield "burst", bursts.burst(bootstrap, size.step_secs, rounds, say)
+        if "ring" in names:
+            yield "ring", bursts.rings(bootstrap, size.step_secs / 2, say)
+        in_guests = [name for name in names if name in _IN_GUESTS]
+        if in_guests:
+            yield from tiers.beside_bpftrace(in_guests, min(rounds, size.guest_rounds), say)
         if "memory" in names:
             yield "memory", tracing.memory(bootstrap, size.memory_secs)
 
@@ -173,9 +196,9 @@ def _main(arguments: Sequence[str]) -> int:
     if unknown:
         parser.error(f"{unknown[0]} is no row; allowed are {', '.join(ROWS)}")
     names = [name for name in ROWS if name in (options.names or ROWS)]
-    if set(names) & set(_NEEDS_ROOT):
-        if os.geteuid() != 0:
-            parser.error("tracing needs root; without it name other rows")
+    if set(names) & set(_NEEDS_ROOT) and os.geteuid() != 0:
+        parser.error("tracing needs root; without it name other rows")
+    if set(names) & set(_NEEDS_LOAD):
         subprocess.run(["make", "-s", "-C", str(ROOT / "benchmarks"), "bindload"], check=True)
     whole = len(names) == len(ROWS) and not options.quick
     if whole:

@@ -36,9 +36,10 @@ from benchmarks.measure import (
     rss_anon_mib,
 )
 from pipeline import avro, topic
+from pipeline.tracer import open_tracer
 
 LOAD = ROOT / "benchmarks" / "bindload"
-SCRIPT = ROOT / "benchmarks" / "bind.bt"
+SCRIPTS = {tier: ROOT / "benchmarks" / f"bind-{tier}.bt" for tier in ("fexit", "kprobe", "tracepoint")}
 WAIT_SECS = 30.0
 STUCK_SECS = 5.0
 
@@ -86,6 +87,12 @@ class Agent:
                 raise Failed(f"the agent did not start: {self.said().strip()}")
             time.sleep(0.02)
 
+    def stand_still(self, seconds: float) -> None:
+        """It does nothing for so long, and then goes on."""
+        self._process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._process.send_signal(signal.SIGCONT)
+
 
 @contextlib.contextmanager
 def agent(*arguments: object, cpu: int | None = None) -> Iterator[Agent]:
@@ -121,12 +128,20 @@ def _tied(cpu: int | None) -> list[str]:
 # --- from the ring to the acknowledgement -------------------------------------------------------------------------
 
 
+class Pause(NamedTuple):
+    """The agent stands still for ``secs``, ``after_secs`` from the beginning of the load."""
+
+    after_secs: float
+    secs: float
+
+
 class Carried(NamedTuple):
-    """A load, and what became of it. ``holes`` positions are missing in the topic; ``lag_secs`` after the load's end
-    the topic had everything."""
+    """A load, and what became of it. ``delivered`` are its binds in the topic, ``others`` those of anybody else;
+    ``holes`` positions are missing there; ``lag_secs`` after the load's end the topic had everything."""
 
     load: Load
     delivered: int
+    others: int
     holes: int
     counts: dict[str, int]
     cpu_us: float
@@ -138,24 +153,54 @@ class Carried(NamedTuple):
         return sum(count for name, count in self.counts.items() if name.startswith("lost_") or name == "undelivered")
 
     @property
+    def exact(self) -> bool:
+        """Attempted is delivered and declared, by three counts that know nothing of each other: what the load says,
+        what the kernel has counted, and what is in the topic."""
+        by_kernel = self.counts["attempted"] - self.counts["faulted"]
+        return not self.holes and by_kernel == self.load.attempts + self.others == self._in_topic + self.lost
+
+    @property
+    def _in_topic(self) -> int:
+        return self.delivered + self.others
+
+    @property
     def whole(self) -> bool:
-        """Attempted is delivered, by three counts that know nothing of each other."""
-        same = self.counts["attempted"] == self.counts["read"] + self.counts["faulted"]
-        return same and self.load.attempts == self.delivered and not self.holes and not self.lost
+        """Exact, and nothing is lost."""
+        return self.exact and not self.lost
 
 
-def carried(bootstrap: str, name: str, per_sec: float, seconds: float) -> Carried:
-    """Bind at a rate while an agent publishes to a new topic, then read that topic back."""
-    with agent("--topic", name, "--bootstrap-servers", bootstrap, "--create-topic") as running:
+def carried(
+    bootstrap: str,
+    name: str,
+    per_sec: float,
+    seconds: float,
+    *options: object,
+    threads: int = 1,
+    pause: Pause | None = None,
+) -> Carried:
+    """Bind at a rate while an agent with these options publishes to a new topic, then read that topic back.
+
+    With ``pause`` the agent stands still for a while in the middle. What is under way when the load ends is delivered
+    before the agent ends; its CPU and the lag are right only when everything arrives.
+    """
+    with agent("--topic", name, "--bootstrap-servers", bootstrap, "--create-topic", *options) as running:
         _wait_for(bootstrap, name, 1)
         before = cpu_secs(running.pid)
-        done = load(rate=per_sec, seconds=seconds)
+        with subprocess.Popen(
+            _load_command(rate=per_sec, seconds=seconds, threads=threads), stdout=subprocess.PIPE, text=True
+        ) as binding:
+            if pause:
+                time.sleep(pause.after_secs)
+                running.stand_still(pause.secs)
+            assert binding.stdout is not None
+            done = Load.of(binding.stdout.read())
         end = time.monotonic()
-        _wait_for(bootstrap, name, done.attempts)
+        if not pause:
+            _wait_for(bootstrap, name, done.attempts)
         lag = time.monotonic() - end
         spent = cpu_secs(running.pid) - before
-    delivered, holes, counts = _read_back(bootstrap, name)
-    return Carried(done, delivered, holes, counts, spent / done.attempts * 1e6, lag)
+    delivered, others, holes, counts = _read_back(bootstrap, name)
+    return Carried(done, delivered, others, holes, counts, spent / done.attempts * 1e6, lag)
 
 
 def _wait_for(bootstrap: str, name: str, count: int) -> None:
@@ -175,9 +220,9 @@ def _wait_for(bootstrap: str, name: str, count: int) -> None:
     consumer.close()
 
 
-def _read_back(bootstrap: str, name: str) -> tuple[int, int, dict[str, int]]:
-    """Binds of the load, missing positions, and the counts of the ``stop`` and ``loss`` records of a topic."""
-    delivered = seen = 0
+def _read_back(bootstrap: str, name: str) -> tuple[int, int, int, dict[str, int]]:
+    """Binds of the load and of others, missing positions, and the counts of the ``stop`` and ``loss`` records."""
+    delivered = binds = seen = 0
     last = -1
     counts: Counter[str] = Counter()
     for part in topic.read(name, topic.settings(bootstrap)):
@@ -185,12 +230,13 @@ def _read_back(bootstrap: str, name: str) -> tuple[int, int, dict[str, int]]:
             raise Failed(f"the topic {name} cannot be read back: {part.reason}")
         batch = avro.decode_messages(part.values, lambda _: avro.ours()).batch
         delivered += pc.sum(pc.equal(batch.column("comm"), "bindload")).as_py() or 0
+        binds += pc.sum(pc.equal(pc.cast(batch.column("kind"), "string"), "bind")).as_py() or 0
         seen += batch.num_rows
         last = max(last, pc.max(batch.column("pos")).as_py())
         for row in batch.filter(pc.is_in(batch.column("kind"), pc.cast(["stop", "loss"], "string"))).to_pylist():
             told = dict(row["testimony"]["counts"])
             counts.update(told if row["kind"] == "stop" else {"undelivered": told.get("undelivered", 0)})
-    return delivered, last + 1 - seen, dict(counts)
+    return delivered, binds - delivered, last + 1 - seen, dict(counts)
 
 
 RATE = 100_000
@@ -243,6 +289,8 @@ def cost(names: Sequence[str], rounds: int, seconds: float, say: Say) -> Iterato
     cpus = sorted(os.sched_getaffinity(0))
     tracer_cpu, load_cpu = (cpus[0], cpus[-1]) if len(cpus) > 1 else (None, None)
     lost: list[int] = []
+    tier = chosen_tier()
+    script = SCRIPTS.get(tier, SCRIPTS["kprobe"])  # bcc looks where kprobes do
 
     def bind(mode: str) -> list[str]:
         return [*_tied(load_cpu), *_load_command(rate=PER_SEC, seconds=seconds, mode=mode)]
@@ -257,7 +305,7 @@ def cost(names: Sequence[str], rounds: int, seconds: float, say: Say) -> Iterato
     def bpftrace(mode: str) -> float:
         # It starts the load when it is attached, and ends with it.
         mounts = "mount -t debugfs debugfs /sys/kernel/debug; mount -t tracefs tracefs /sys/kernel/tracing"
-        command = [*_tied(tracer_cpu), "bpftrace", "-o", "/dev/null", "-c", " ".join(bind(mode)), str(SCRIPT)]
+        command = [*_tied(tracer_cpu), "bpftrace", "-o", "/dev/null", "-c", " ".join(bind(mode)), str(script)]
         done = subprocess.run(
             ["unshare", "-m", "sh", "-c", f'{mounts}; exec "$@"', "sh", *command],
             capture_output=True,
@@ -288,10 +336,16 @@ def cost(names: Sequence[str], rounds: int, seconds: float, say: Say) -> Iterato
                 f"+{beside.text(_us)}" if beside else "not installed",
                 "" if beside is None else f"{ours.median / beside.median:.0%}",
                 less and cheap,
-                f"untraced {Spread.of(bare).text(_us)}; {PER_SEC:,} calls a second, of which bpftrace lost up to "
-                f"{max(lost, default=0):,} a run",
+                f"tier {tier}; untraced {Spread.of(bare).text(_us)}; {PER_SEC:,} calls a second, of which bpftrace "
+                f"lost up to {max(lost, default=0):,} a run",
             ),
         )
+
+
+def chosen_tier() -> str:
+    """The one that ``auto`` comes to on this machine."""
+    with contextlib.closing(open_tracer(ring_bytes=1 << 16)) as tracer:
+        return tracer.name
 
 
 def _added(traced: Sequence[float], untraced: Sequence[float]) -> Spread:
@@ -300,6 +354,47 @@ def _added(traced: Sequence[float], untraced: Sequence[float]) -> Spread:
 
 def _us(ns: float) -> str:
     return f"{ns / 1000:.2f} µs"
+
+
+# --- how soon it sees -----------------------------------------------------------------------------------------------
+
+FIRST_EVENT_SECS = 0.5
+
+
+def first_event(rounds: int) -> Result:
+    """From the call of the live command to the first bind that it shows, while somebody binds all the time."""
+    tier = chosen_tier()
+    with subprocess.Popen(_load_command(rate=1000, seconds=3600, mode="ok"), stdout=subprocess.DEVNULL) as binding:
+        try:
+            chosen, named = (Spread.of(_first_event(name) for _ in range(2 * rounds)) for name in ("auto", tier))
+        finally:
+            binding.kill()
+    return Result(
+        chosen.text(_secs),
+        "",
+        "",
+        chosen.median <= FIRST_EVENT_SECS,
+        f"`auto` chooses {tier} here; with `--tracer {tier}` {named.text(_secs)}",
+    )
+
+
+def _first_event(tier: str) -> float:
+    start = time.monotonic()
+    with subprocess.Popen(
+        [BIN / "bindsnoop", "-o", "json", "--tracer", tier],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        secs = time.monotonic() - start
+        process.kill()
+    if not first.startswith(b"{"):
+        raise Failed(f"the first line of bindsnoop is {first!r}")
+    return secs
+
+
+def _secs(value: float) -> str:
+    return f"{value:.2f} s"
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -584,13 +584,15 @@ def run(
     files: Mapping[str, bytes] | None = None,
     environment: Mapping[str, str] | None = None,
     memory_mib: int = 0,
+    qemu: Sequence[str] = (),
     timeout_s: float = 120.0,
     echo: Callable[[str], object] | None = None,
 ) -> Result:
     """Boots a guest, runs ``job`` there as root in /bindsnoop, a copy of this checkout, and waits for its end.
 
     ``extra_debs`` are further packages of Debian bookworm, as ``root_image`` says; ``headers`` adds the kernel's own.
-    ``files`` are laid over everything, by their path in the guest. ``echo`` gets what the job prints as it comes.
+    ``files`` are laid over everything, by their path in the guest. ``qemu`` are further options of QEMU.
+    ``echo`` gets what the job prints as it comes.
     GuestFailed when there is no such kernel, when the guest breaks, or when it has not ended after ``timeout_s``
     seconds: then its console is in the sentence.
     """
@@ -624,7 +626,7 @@ def run(
             machine.qemu, "-accel", "tcg,thread=single", "-smp", "2", "-m", str(memory_mib),
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none",
             "-chardev", f"file,id=console,path={folder / 'console'}", "-chardev", "stdio,id=channel,signal=off",
-            *machine.options, "-kernel", str(wanted.folder / "vmlinuz"), "-initrd", str(folder / "initrd"),
+            *machine.options, *qemu, "-kernel", str(wanted.folder / "vmlinuz"), "-initrd", str(folder / "initrd"),
             "-append", f"console={machine.console} rdinit=/init panic=-1 quiet {CMDLINE}",
         ]  # fmt: skip
         started = time.monotonic()
