@@ -40,6 +40,7 @@ from pipeline.tracer import open_tracer
 
 LOAD = ROOT / "benchmarks" / "bindload"
 SCRIPTS = {tier: ROOT / "benchmarks" / f"bind-{tier}.bt" for tier in ("fexit", "kprobe", "tracepoint")}
+FEW = 50
 WAIT_SECS = 30.0
 STUCK_SECS = 5.0
 
@@ -155,9 +156,13 @@ class Carried(NamedTuple):
     @property
     def exact(self) -> bool:
         """Attempted is delivered and declared, by three counts that know nothing of each other: what the load says,
-        what the kernel has counted, and what is in the topic."""
+        what the kernel has counted, and what is in the topic.
+
+        A few binds of others may be among the lost ones; nobody can say whose they were.
+        """
         by_kernel = self.counts["attempted"] - self.counts["faulted"]
-        return not self.holes and by_kernel == self.load.attempts + self.others == self._in_topic + self.lost
+        unknown = by_kernel - self.load.attempts - self.others
+        return not self.holes and by_kernel == self._in_topic + self.lost and 0 <= unknown <= min(self.lost, FEW)
 
     @property
     def _in_topic(self) -> int:
