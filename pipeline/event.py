@@ -172,6 +172,22 @@ def original(text: str) -> bytes:
     return bytes(out)
 
 
+# --- who runs in a container --------------------------------------------------------------------------------------
+
+
+class Workload(NamedTuple):
+    """Names of one container: of its pod under Kubernetes, else its own alone. Every text is printable already.
+
+    ``labels`` are the pod's, or without Kubernetes the container's, as pairs in the order of their keys.
+    """
+
+    container: str
+    image: str | None = None
+    namespace: str | None = None
+    pod: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+
 # --- columns ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 WORDS = {"event", "errors"}
 STAGES = {"records", "enrich", "testimony", "avro", "select", "render"}
-EDGES = {"tracer", "archive", "topic", "registry"}
+EDGES = {"tracer", "workloads", "archive", "topic", "registry"}
 AROUND = {"config", "completion", "telemetry"}
 COMMANDS = {"agent", "replay", "live"}
 
@@ -78,6 +78,15 @@ def test_imports_point_downwards(part: str, path: Path) -> None:
     assert set() == ours - MAY_IMPORT[part] - {part, "carried", "__version__"}
 
 
+def test_sources_of_names_do_not_know_one_another() -> None:
+    """Each module of the workloads knows their common part and no other of them."""
+    for path in (PACKAGE / "workloads").glob("*.py"):
+        others = {name.split(".")[2] for name in imports(path) if name.startswith("pipeline.workloads.")}
+        modules = {other.stem for other in path.parent.glob("*.py")} - {"__init__"}
+
+        assert path.stem == "__init__" or set() == others & modules
+
+
 def test_modules_of_the_tracer_have_their_place() -> None:
     """Loaders do not know each other, what they share does not know them, and nobody knows the probe."""
     found = {
@@ -94,11 +103,12 @@ def test_modules_of_the_tracer_have_their_place() -> None:
 
 
 def test_every_module_is_on_the_map() -> None:
-    """docs/architecture.md names each module of the package, and each of the tracer."""
+    """docs/architecture.md names each module of the package, and each of the tracer and the workloads."""
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = {name.removesuffix(".py").rpartition("/")[2] for name in re.findall(r"`([\w./]+)`", page)}
 
-    assert set() == {path.stem for path in (*PACKAGE.glob("*.py"), *(PACKAGE / "tracer").glob("*.py"))} - named
+    inside = [path for folder in ("tracer", "workloads") for path in (PACKAGE / folder).glob("*.py")]
+    assert set() == {path.stem for path in (*PACKAGE.glob("*.py"), *inside)} - named
 
 
 @pytest.mark.parametrize(("part", "path"), [pytest.param(*found, id=found[1].name) for found in modules()])
