@@ -65,8 +65,11 @@ struct bind_event {
 	char parent_comm[16]; /* the parent process's */
 	char exe[64];         /* file name of the executable */
 	char cgroup[96];      /* name of the process's cgroup */
-	char cgroup_parent[96];
+	char cgroup_parent[96]; /* its parent's, or the nearest above whose name is long enough for a container's id */
 };
+
+#define CONTAINER_ID_LEN 64
+#define MAX_ANCESTORS 6 /* looked at above the parent */
 
 _Static_assert(sizeof(struct bind_event) == 416, "bind_event is 416 bytes, without a hole");
 _Static_assert(sizeof(struct bind_event) % 8 == 0, "slots of the ring are multiples of 8");

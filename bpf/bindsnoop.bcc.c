@@ -236,11 +236,37 @@ static inline struct cgroup *get_controller_cgroup(struct css_set *set, int cont
 	return GET(struct cgroup *, css, cgroup);
 }
 
-static inline void get_cgroup_name(char *name, struct cgroup *cgroup)
+static inline long get_cgroup_name(char *name, unsigned int size, struct cgroup *cgroup)
 {
 	struct kernfs_node *node = GET(struct kernfs_node *, cgroup, kn);
 
-	bpf_probe_read_str(name, sizeof(((struct bind_event *)0)->cgroup), GET(char *, node, name));
+	return bpf_probe_read_str(name, size, GET(char *, node, name));
+}
+
+/* The name of a container above the parent, as in bindsnoop.bpf.c. */
+static inline void get_ancestor(struct bind_event *event, struct cgroup *parent)
+{
+	struct cgroup *cgroup = get_parent(parent), *above = NULL;
+	char *name = event->cgroup_parent;
+	int touched = 0, i;
+
+#pragma unroll
+	for (i = 0; i < MAX_ANCESTORS; i++) {
+		if (cgroup)
+			above = get_parent(cgroup);
+		if (!cgroup || !above) /* the root has no name */
+			break;
+		touched = 1;
+		if (get_cgroup_name(name, CONTAINER_ID_LEN + 1, cgroup) > CONTAINER_ID_LEN) {
+			get_cgroup_name(name, sizeof(event->cgroup_parent), cgroup);
+			return;
+		}
+		cgroup = above;
+	}
+	if (touched) {
+		__builtin_memset(name, 0, CONTAINER_ID_LEN);
+		get_cgroup_name(name, sizeof(event->cgroup_parent), parent);
+	}
 }
 
 /* Id of the process's cgroup, its name and its parent's; as in bindsnoop.bpf.c. */
@@ -250,6 +276,7 @@ static inline void get_cgroup(struct bind_event *event, struct task_struct *task
 	struct cgroup *cgroup = GET(struct cgroup *, set, dfl_cgrp);
 	struct kernfs_node *node = GET(struct kernfs_node *, cgroup, kn);
 	struct cgroup *parent = get_parent(cgroup);
+	long own, above;
 
 	event->cgroup_id = GET(__u64, node, id);
 	/* Inode and generation before Linux 5.5 (67c0496e87d1, "kernfs: convert kernfs_node->id from union to u64"). */
@@ -269,8 +296,10 @@ static inline void get_cgroup(struct bind_event *event, struct task_struct *task
 #endif
 	if (!parent) /* the root everywhere: no name */
 		return;
-	get_cgroup_name(event->cgroup, cgroup);
-	get_cgroup_name(event->cgroup_parent, parent);
+	own = get_cgroup_name(event->cgroup, sizeof(event->cgroup), cgroup);
+	above = get_cgroup_name(event->cgroup_parent, sizeof(event->cgroup_parent), parent);
+	if (own <= CONTAINER_ID_LEN && above <= CONTAINER_ID_LEN)
+		get_ancestor(event, parent);
 }
 
 /* --- body: one attempt ------------------------------------------------------------------------------------------ */

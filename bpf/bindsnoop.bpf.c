@@ -259,6 +259,35 @@ static __always_inline struct kernfs_node *get_controller_node(struct css_set *s
 	return READ(direct, css, cgroup, kn);
 }
 
+/* A container may hold a whole tree of its own, such as systemd's: then its id is further up. The first name that is long
+ * enough for one takes the place of the parent's. Lengths of texts include the NUL.
+ */
+static __always_inline void get_ancestor(struct bind_event *event, struct kernfs_node *parent, bool direct)
+{
+	struct kernfs_node *node = get_parent(parent, direct), *above;
+	char *name = event->cgroup_parent;
+	bool touched = false;
+	int i;
+
+#pragma unroll /* the verifier of 5.10 takes no loop that falls through to its beginning */
+	for (i = 0; i < MAX_ANCESTORS; i++) {
+		above = node ? get_parent(node, direct) : NULL;
+		if (!above) /* the root has no name */
+			break;
+		touched = true;
+		if (bpf_probe_read_kernel_str(name, CONTAINER_ID_LEN + 1, READ(direct, node, name)) >
+		    CONTAINER_ID_LEN) {
+			bpf_probe_read_kernel_str(name, sizeof(event->cgroup_parent), READ(direct, node, name));
+			return;
+		}
+		node = above;
+	}
+	if (touched) {
+		__builtin_memset(name, 0, CONTAINER_ID_LEN);
+		bpf_probe_read_kernel_str(name, sizeof(event->cgroup_parent), READ(direct, parent, name));
+	}
+}
+
 /* Id of the process's cgroup, its name and its parent's.
  *
  * The id is always of version 2. Where containers live in hierarchies of version 1, version 2 says only "root": there
@@ -269,6 +298,7 @@ static __always_inline void get_cgroup(struct bind_event *event, struct task_str
 	struct css_set *set = READ(direct, task, cgroups);
 	struct kernfs_node *node = READ(direct, set, dfl_cgrp, kn);
 	struct kernfs_node *parent = get_parent(node, direct);
+	long own, above;
 
 	event->cgroup_id = READ(direct, node, id);
 	if (!parent && bpf_core_enum_value_exists(enum cgroup_subsys_id, memory_cgrp_id)) {
@@ -281,8 +311,11 @@ static __always_inline void get_cgroup(struct bind_event *event, struct task_str
 	}
 	if (!parent) /* the root everywhere: no name */
 		return;
-	bpf_probe_read_kernel_str(event->cgroup, sizeof(event->cgroup), READ(direct, node, name));
-	bpf_probe_read_kernel_str(event->cgroup_parent, sizeof(event->cgroup_parent), READ(direct, parent, name));
+	own = bpf_probe_read_kernel_str(event->cgroup, sizeof(event->cgroup), READ(direct, node, name));
+	above = bpf_probe_read_kernel_str(event->cgroup_parent, sizeof(event->cgroup_parent),
+					  READ(direct, parent, name));
+	if (own <= CONTAINER_ID_LEN && above <= CONTAINER_ID_LEN)
+		get_ancestor(event, parent, direct);
 }
 
 /* --- body: one attempt ------------------------------------------------------------------------------------------ */

@@ -26,8 +26,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipeline import records
 from pipeline.tracer import Wanted, open_tracer
 from tests.kernel import places
 from tests.kernel.binds import (
@@ -55,7 +57,7 @@ from tests.kernel.binds import (
     tcp,
     told,
 )
-from tests.kernel.plugin import Event, Watch, events
+from tests.kernel.plugin import Event, Watch, bursts, events
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="tracing needs root")
 
@@ -739,6 +741,40 @@ def test_the_cgroup_is_named(watch: Watch) -> None:
     assert event is not None
     assert (event["cgroup"], event["cgroup_parent"]) == (parts[-1], parts[-2] if len(parts) > 1 else "")
     assert event["cgroup_id"] == (places.cgroup_root() / paths[""].lstrip("/")).stat().st_ino
+
+
+ID = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (f"docker-{ID}.scope/init.scope", f"docker-{ID}.scope"),
+        (f"docker-{ID}.scope/kubelet.slice/kubelet.service", f"docker-{ID}.scope"),
+        (f"{ID}/user.slice/user-0.slice/user@0.service/app.slice/some.service", ID),
+        (f"{ID}/1/2/3/4/5/6/leaf", ID),
+        (f"{ID}/1/2/3/4/5/6/7/leaf", "7"),
+        (f"docker-{ID}.scope/kubepods.slice/cri-containerd-{ID[::-1]}.scope", "kubepods.slice"),
+        (f"{ID}/{ID[::-1]}/inner/leaf", ID[::-1]),
+        ("system.slice/" + "s" * 63 + "/short/leaf", "short"),
+        ("system.slice/some.service", "system.slice"),
+    ],
+    ids=["parent", "above", "far-above", "as-far-as-looked", "further", "own", "nearest", "long-but-no-id", "host"],
+)
+def test_a_tree_inside_a_container_names_the_container(watch: Watch, path: str, expected: str) -> None:
+    """In place of the parent's comes the nearest name above that can hold an id; nothing else is left in its field."""
+    watch.clear()
+    with places.cgroup(path):
+        made = attempt(*V4_HERE)()
+    rows = [
+        row
+        for burst in bursts(watch.tracer)
+        for row in np.ascontiguousarray(burst.records).view(records.RECORD)[:, 0].copy()
+        if row["pid"] == made.pid
+    ]
+
+    watch.seen += len(rows)
+    assert [(Path(path).name.encode(), expected.encode())] == [(row["cgroup"], row["cgroup_parent"]) for row in rows]
 
 
 # --- what is no attempt -------------------------------------------------------------------------------------------

@@ -166,7 +166,10 @@ def cgroup_root() -> Path:
 def cgroup(
     name: str, program: tuple[int, int] | None = None, instructions: Sequence[Instruction] = ()
 ) -> Iterator[Path]:
-    """This process in a cgroup of its own, with somebody else's program attached; then back where it was."""
+    """This process in a cgroup of its own, with somebody else's program attached; then back where it was.
+
+    ``name`` may be a path, whose folders are made too.
+    """
     root = cgroup_root()
     (before,) = (
         line.partition("::")[2]
@@ -174,7 +177,7 @@ def cgroup(
         if line.startswith("0::")
     )
     made = root / name
-    made.mkdir()
+    made.mkdir(parents=True)
     try:
         with contextlib.ExitStack() as attached:
             if program:
@@ -189,7 +192,8 @@ def cgroup(
             (made / "cgroup.procs").write_text("0", encoding="ascii")
             yield made
     finally:
-        made.rmdir()
+        for folder in (made, *made.parents[: len(Path(name).parts) - 1]):
+            folder.rmdir()
 
 
 # --- sandboxes: a thread's, for good ------------------------------------------------------------------------------
