@@ -383,13 +383,15 @@ def sinks_of(settings: config.AgentConfig, epoch: str, log: telemetry.Log) -> li
 
         client = topic.settings(settings.bootstrap_servers, settings.properties, settings.properties_file)
         create = topic.Creation(partitions=1) if settings.create_topic else None
-        publisher = topic.Publisher(settings.topic, client, key=settings.node, create=create, say=log.say)
+        # The publisher and whoever retries it say the same of a broker that is away, at every attempt.
+        say = telemetry.Sparing(log.say)
+        publisher = topic.Publisher(settings.topic, client, key=settings.node, create=create, say=say)
         delivery = topic.Delivery(
             publisher,
             frame=framing(settings),
             queue_bytes=settings.queue_bytes,
             linger_secs=settings.linger,
-            say=log.say,
+            say=say,
         )
         made.append(Topic(delivery, settings.topic))
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -59,6 +60,36 @@ class Log:
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(f"{when}Z {level.upper():5} {one_line(sentence)}{said}\n")
             self._stream.flush()
+
+
+class Sparing:
+    """What somebody who tries again and again has to say: each sentence at once, then at most once in ten minutes.
+
+    Two sentences are the same when they begin alike: what comes after the first semicolon is detail. Good news, a
+    sentence of level info, makes everything worth saying again.
+    """
+
+    _AGAIN_SECS = 600.0
+
+    def __init__(self, say: Callable[[str, str], None], *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._said: dict[str, float] = {}
+
+    def __call__(self, level: str, sentence: str) -> None:
+        """Say it, or not; from any thread."""
+        now = self._monotonic()
+        with self._lock:
+            if level == "info":
+                self._said.clear()
+            else:
+                self._said = {said: at for said, at in self._said.items() if now - at < self._AGAIN_SECS}
+                begins = sentence.partition(";")[0]
+                if begins in self._said:
+                    return
+                self._said[begins] = now
+        self._say(level, sentence)
 
 
 def _logfmt(value: object) -> str:

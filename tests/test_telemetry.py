@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.telemetry import LEVELS, Log, Progress, Totals, closing_line
+from pipeline.telemetry import LEVELS, Log, Progress, Sparing, Totals, closing_line
 
 
 class Clock:
@@ -115,6 +115,35 @@ def test_a_closed_stream_ends_nothing() -> None:
 
     with pytest.raises(BrokenPipeError):
         gone.close()
+
+
+# --- sentences of whoever tries again -----------------------------------------------------------------------------
+
+
+def test_a_sentence_is_said_again_after_ten_minutes() -> None:
+    """However often it is said; another one is said at once, details behind a semicolon do not make another one."""
+    lines: list[tuple[str, str]] = []
+    clock = Clock()
+    say = Sparing(lambda level, sentence: lines.append((level, sentence)), monotonic=clock)
+    for _ in range(25):
+        say("warn", "Kafka is away")
+        say("warn", "Kafka is away; 7 events are kept")
+        say("error", "the registry is away")
+        clock.now += 60
+
+    assert lines == [("warn", "Kafka is away"), ("error", "the registry is away")] * 3
+
+
+def test_good_news_makes_trouble_worth_saying_again() -> None:
+    """What has passed and comes again is said again, and good news is always said."""
+    lines: list[str] = []
+    say = Sparing(lambda _, sentence: lines.append(sentence))
+    for _ in range(2):
+        say("warn", "Kafka is away")
+        say("warn", "Kafka is away")
+        say("info", "Kafka works again")
+
+    assert lines == ["Kafka is away", "Kafka works again"] * 2
 
 
 # --- progress -----------------------------------------------------------------------------------------------------
