@@ -214,18 +214,12 @@ def _not_compiled(lines: Sequence[str], error: Exception) -> TracerUnavailable:
         )
     if "Operation not permitted" in text:
         what = "the kernel refuses the BPF maps of tier bcc (Operation not permitted)"
-        return TracerUnavailable(host.permission_sentence(what, *_capabilities()))
+        return TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities("bcc")))
     verdict = next((line for line in lines if "error: " in line), str(error))
     return TracerUnavailable(
         f"bcc {library().__version__} cannot compile bindsnoop.bcc.c against the headers of this kernel ({release}): "
         f"{verdict}"
     )
-
-
-def _capabilities() -> tuple[str, ...]:
-    """What loading needs: BPF and PERFMON are there since Linux 5.8."""
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
-    return ("BPF", "PERFMON") if last >= 39 else ("SYS_ADMIN",)
 
 
 # --- the tracer ---------------------------------------------------------------------------------------------------
@@ -495,7 +489,7 @@ def _load(programs: Any, program: str) -> int:
         reason = os.strerror(number)
         if number in (errno.EPERM, errno.EACCES):
             what = f"the kernel refuses the BPF programs of tier bcc ({reason})"
-            raise TracerUnavailable(host.permission_sentence(what, *_capabilities())) from error
+            raise TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities("bcc"))) from error
         verdict = next((lines[at - 1] for at, line in enumerate(lines) if at and line.startswith("processed ")), "")
         said = f"; the verifier says: {verdict}" if verdict else ""
         raise TracerUnavailable(f"the kernel refuses the BPF program {program} of tier bcc: {reason}{said}") from error

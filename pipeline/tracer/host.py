@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _GROUP: Final = "bindsnoop"
 _numbers = itertools.count()
 
-CAPABILITIES: Final = {12: "NET_ADMIN", 21: "SYS_ADMIN", 24: "SYS_RESOURCE", 38: "PERFMON", 39: "BPF"}
+_CAP_BPF: Final = 39
+CAPABILITIES: Final = {12: "NET_ADMIN", 21: "SYS_ADMIN", 24: "SYS_RESOURCE", 38: "PERFMON", _CAP_BPF: "BPF"}
 
 
 def missing_capabilities(*needed: str) -> list[str]:
@@ -61,6 +62,14 @@ def perf_event_capability() -> str:
         return "SYS_ADMIN"  # before Linux 5.8 there is no other
     level = Path("/proc/sys/kernel/perf_event_paranoid").read_text(encoding="ascii").strip()
     return "SYS_ADMIN" if int(level) > 2 else "PERFMON"
+
+
+def loading_capabilities(tier: str) -> tuple[str, ...]:
+    """The least that loading and attaching a tier's programs takes here; SYS_ADMIN stands for all the others."""
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
+    if last < _CAP_BPF or (tier != "fexit" and perf_event_capability() == "SYS_ADMIN"):
+        return ("SYS_ADMIN",)
+    return ("BPF", "PERFMON")
 
 
 def perf_event_refused(what: str, error: OSError) -> TracerUnavailable:

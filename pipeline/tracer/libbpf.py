@@ -520,7 +520,7 @@ def _load_or_say(tier: str, hooks: Sequence[Hook], knobs: bytes, ring_bytes: int
         return load(hooks, knobs, ring_bytes, held)
     except PermissionError as error:
         what = f"the kernel refuses the BPF programs of tier {tier} ({_last_words(error)})"
-        raise TracerUnavailable(host.permission_sentence(what, "BPF", "PERFMON")) from error
+        raise TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities(tier))) from error
 
 
 def load(hooks: Iterable[Hook], knobs: bytes, ring_bytes: int, held: contextlib.ExitStack) -> int:

@@ -108,11 +108,9 @@ def _ms_since(begun: float) -> float:
 
 def _capabilities(tier: str, *, locks_memory: bool) -> tuple[str, ...]:
     """The least that a tier needs on this host for all its hooks, without ``CAP_``."""
-    needed: tuple[str, ...] = ("BPF", "PERFMON", "NET_ADMIN") if tier == "tracepoint" else ("BPF", "PERFMON")
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
-    if last < _CAP_BPF or (tier != "fexit" and host.perf_event_capability() == "SYS_ADMIN"):
-        # It stands for all of these, so they would be no part of the least.
-        needed = ("SYS_ADMIN",)
+    needed = host.loading_capabilities(tier)
+    if tier == "tracepoint" and "SYS_ADMIN" not in needed:
+        needed = (*needed, "NET_ADMIN")
     return (*needed, "SYS_RESOURCE") if locks_memory else needed
 
 

@@ -19,7 +19,17 @@ from pathlib import Path
 from tests.kernel import guests
 
 SUITE = ("tests/test_binds.py", "tests/test_missed.py")
+PRIVILEGES = tuple(
+    f"tests/test_probe.py::test_{name}"
+    for name in (
+        "the_user_is_an_ordinary_one",
+        "exactly_the_capabilities_that_are_named_are_enough",
+        "one_capability_fewer_is_said",
+        "the_administrators_capability_stands_for_all",
+    )
+)
 BCC_SUITE = (*SUITE, "tests/test_bcc.py")
+"""Without the privileges: each look would compile, which takes a minute there."""
 
 BCC_DEBS = ("python3-bpfcc",)
 
@@ -39,6 +49,14 @@ BCC_PLACE = ("6.1", "x86_64")
 TIMEOUT_S = 900.0
 """An emulated kernel on a busy machine is slow; a healthy one needs a tenth of this. With bcc twice as long, for it
 compiles for half a minute each time.
+"""
+
+
+_AGENT = b"""#!/usr/bin/python3
+import sys
+sys.path.insert(0, "/bindsnoop")
+from pipeline.agent import main
+sys.exit(main())
 """
 
 
@@ -78,22 +96,25 @@ class Report:
         return not self.broken and not self.failed and self.passed > 0 and self.events > 0
 
 
-def reports(series: str, arch: str, tiers: Sequence[str], *, bcc: bool = False) -> list[Report]:
+def reports(
+    series: str, arch: str, tiers: Sequence[str], *, bcc: bool = False, privileges: bool = True
+) -> list[Report]:
     """Runs the suite for these tiers, in one boot; a report each. GuestFailed when the guest breaks.
 
-    ``bcc`` gives the guest bcc and the headers of its kernel, and adds the tests of bcc itself.
+    ``bcc`` gives the guest bcc and the headers of its kernel, and adds the tests of bcc itself. ``privileges`` adds
+    what an ordinary user may do, which takes two minutes more.
     """
     job = ["python3", "-m", "pytest", "--noconftest", "-p", "tests.kernel.plugin", "--color=no", "--tb=short"]
     job += ["-o", f"timeout={TIMEOUT_S / 2:g}"]
     job += [word for tier in tiers for word in ("--tier", tier)]
-    job += BCC_SUITE if bcc else SUITE
+    job += BCC_SUITE if bcc else (*SUITE, *PRIVILEGES) if privileges else SUITE
     result = guests.run(
         job,
         kernel=series,
         arch=arch,
         extra_debs=BCC_DEBS if bcc else (),
         headers=bcc,
-        files=built(arch),
+        files={**built(arch), "usr/bin/bindsnoop-agent": _AGENT},
         timeout_s=2 * TIMEOUT_S if bcc else TIMEOUT_S,
     )
     said = {
