@@ -89,6 +89,9 @@ class Tracer(Protocol):
         Call it when the records are safe: a reader that dies before finds them again in a ring that outlives it.
         """
 
+    def half_full(self) -> bool:
+        """Whether half of the room is taken, by what was not read and by what was not released; costs no wait."""
+
     def counters(self) -> dict[str, int]:
         """Counts since the programs were loaded, never reset: ``attempted``, ``submitted``, ``lost_<cause>``,
         ``faulted``.

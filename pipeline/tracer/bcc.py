@@ -266,6 +266,10 @@ class BccTracer:
             burst.records[:, :8].view(np.uint64)[:] += np.uint64(max(0, slept))
         return burst
 
+    def half_full(self) -> bool:
+        """The contract is ``Tracer.half_full``'s."""
+        return self._buffers.half_full()
+
     def release(self, burst: Burst) -> None:
         """The contract is ``Tracer.release``'s, but for a reader that dies: see the class."""
         self._buffers.release(burst)

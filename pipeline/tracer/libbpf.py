@@ -237,6 +237,10 @@ class LibbpfTracer:
         """The contract is ``Tracer.release``'s."""
         self.ring.release(burst)
 
+    def half_full(self) -> bool:
+        """The contract is ``Tracer.half_full``'s."""
+        return self.ring.half_full()
+
     def counters(self) -> dict[str, int]:
         """The contract is ``Tracer.counters``'s.
 

@@ -123,6 +123,10 @@ class PerfBuffers:
         self._taken.append((self._count, {buffer.cpu: buffer.at for buffer in self._buffers}))
         return Burst(records[np.argsort(times, kind="stable")], self._count)
 
+    def half_full(self) -> bool:
+        """The contract is ``Tracer.half_full``'s; it is the fullest buffer that counts."""
+        return any(buffer.taken() > buffer.size // 2 for buffer in self._buffers)
+
     def release(self, burst: Burst) -> None:
         """The contract is ``Tracer.release``'s."""
         places: dict[int, int] = {}
@@ -144,6 +148,7 @@ class _Buffer:
 
     def __init__(self, cpu: int, size: int, stride: int, wakeup_bytes: int) -> None:
         self.cpu = cpu
+        self.size = size
         self.descriptor = _open(cpu, wakeup_bytes)
         try:
             self._memory = mmap.mmap(self.descriptor, mmap.PAGESIZE + size)
@@ -164,6 +169,10 @@ class _Buffer:
     def waiting(self) -> int:
         """Bytes that were written and not taken."""
         return int(self._head[0]) - self.at
+
+    def taken(self) -> int:
+        """Bytes that were written and not released."""
+        return int(self._head[0]) - int(self._tail[0])
 
     def take(self, limit: int) -> list[npt.NDArray[np.uint8]]:
         """What waits, at most ``limit`` records, in pieces of shape (n, stride) of the buffer's own memory."""

@@ -123,6 +123,10 @@ class Ring:
             self._at += self._stride
         return True
 
+    def half_full(self) -> bool:
+        """The contract is ``Tracer.half_full``'s."""
+        return int(self._producer[0]) - int(self._consumer[0]) > self._mask // 2
+
     def release(self, burst: Burst) -> None:
         """The contract is ``Tracer.release``'s."""
         self._consumer[0] = max(burst.end, int(self._consumer[0]))
