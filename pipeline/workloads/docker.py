@@ -1,0 +1,249 @@
+"""Names of this host's containers from the Docker Engine API, which docker and podman's service speak.
+
+In: a unix socket that we may read. Out: a ``Directory`` that knows every container from its creation on. Only GET is
+used. The stream of events is opened before the list is asked for, so that no container falls between the two; docker
+announces a container before it runs, so that its name is there before its first bind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pipeline.event import Workload, printable
+from pipeline.workloads import Directory, Say
+
+_ANSWER_SECS = 10.0
+"""How long an answer may take; an engine that hangs is an engine that is away."""
+
+_SILENCE_SECS = 300.0
+"""After so long without an event the stream is opened again and all is listed, should something have been missed."""
+
+_FIRST_WAIT_SECS, _LONGEST_WAIT_SECS = 0.5, 30.0
+_ANSWER_BYTES, _LINE_BYTES = 64 << 20, 1 << 20
+
+_BORN, _GONE = ("create", "start", "rename"), ("die", "destroy")
+_EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event": [*_BORN, *_GONE]}))
+
+_POD = ("io.kubernetes.pod.namespace", "io.kubernetes.pod.name", "io.kubernetes.container.name")
+
+
+class Docker:
+    """A ``workloads.Source``: a thread that follows one engine for as long as this lives.
+
+    ``wait`` sleeps for so many seconds and returns True when it is time to end.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        socket_path: Path,
+        *,
+        say: Say,
+        name: str = "docker",
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
+        self.name = name
+        self._directory, self._path, self._say = directory, socket_path, say
+        self._ended = threading.Event()
+        self._wait = wait or self._ended.wait
+        self._stream: _Connection | None = None
+        self._away = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, within two seconds."""
+        self._ended.set()
+        stream = self._stream
+        if stream is not None:
+            stream.interrupt()
+        self._thread.join(2.0)
+
+    def _work(self) -> None:
+        failures = 0
+        while not self._ended.is_set():
+            try:
+                self._follow()
+            except _Away as error:
+                if self._ended.is_set():
+                    return
+                # One that answered before is asked again at once: it may only have been restarted.
+                failures = 1 if not self._away else failures + 1
+                if not self._away:
+                    self._away = True
+                    self._say(
+                        "warn",
+                        f"the Docker Engine API at {self._path} cannot be asked for names of containers ({error}); "
+                        "binds are recorded with the ids of their containers meanwhile",
+                    )
+                most = min(_LONGEST_WAIT_SECS, _FIRST_WAIT_SECS * 2 ** min(failures, 10))
+                if self._wait(random.uniform(0, most)):
+                    return
+
+    def _follow(self) -> None:
+        """List all containers, then take each event as it comes; returns after a long silence. _Away."""
+        self._stream = stream = _Connection(self._path, _ANSWER_SECS)
+        with contextlib.closing(stream):
+            events = stream.ask(_EVENTS)
+            listed = self._ask("/containers/json")
+            if not isinstance(listed, list):
+                raise _Away("its list of containers is none")
+            found = filter(None, map(_listed, listed))
+            self._directory.replace(self.name, dict(found))
+            if self._away:
+                self._away = False
+                self._say("info", f"the Docker Engine API at {self._path} answers again")
+            stream.patience(_SILENCE_SECS)
+            while not self._ended.is_set():
+                try:
+                    line = stream.line(events)
+                except TimeoutError:
+                    return
+                self._heed(line)
+
+    def _heed(self, line: bytes) -> None:
+        """One event. What is none is passed over: the next one may be."""
+        try:
+            event = json.loads(line)
+            action = event["Action"] if "Action" in event else event["status"]
+            container_id = event["Actor"]["ID"]
+            attributes = event["Actor"].get("Attributes") or {}
+            known = isinstance(container_id, str) and isinstance(action, str) and isinstance(attributes, dict)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return
+        if not known:
+            return
+        if action in _BORN:
+            workload = self._inspected(container_id) or _workload(attributes.get("name"), attributes.get("image"), {})
+            if workload is not None:
+                self._directory.put(self.name, container_id, workload)
+        elif action in _GONE:
+            self._directory.remove(self.name, container_id)
+
+    def _inspected(self, container_id: str) -> Workload | None:
+        """Names of a container; None when it has gone again or cannot be asked for."""
+        try:
+            found = self._ask(f"/containers/{quote(container_id, safe='')}/json")
+            config = found.get("Config") or {}
+            return _workload(found.get("Name"), config.get("Image"), config.get("Labels"))
+        except (_Away, AttributeError):
+            return None
+
+    def _ask(self, path: str) -> Any:
+        with contextlib.closing(_Connection(self._path, _ANSWER_SECS)) as connection:
+            return connection.json(path)
+
+
+def _listed(entry: Any) -> tuple[str, Workload] | None:
+    """Id and names from an entry of the list; None for what is no container."""
+    try:
+        name = entry["Names"][0] if entry.get("Names") else None
+        workload = _workload(name, entry.get("Image"), entry.get("Labels"))
+        return (str(entry["Id"]), workload) if workload is not None else None
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return None
+
+
+def _workload(name: Any, image: Any, labels: Any) -> Workload | None:
+    """Names as this project has them; those of its pod where Kubernetes made the container."""
+    if not isinstance(name, str) or not name.removeprefix("/"):
+        return None
+    texts = labels if isinstance(labels, Mapping) else {}
+    pairs = sorted((_text(key), _text(value)) for key, value in texts.items())
+    image_text = _text(image) if isinstance(image, str) and image else None
+    namespace, pod, container = (texts.get(label) for label in _POD)
+    if namespace and pod and container:
+        return Workload(_text(container), image_text, _text(namespace), _text(pod), tuple(pairs))
+    return Workload(_text(name.removeprefix("/")), image_text, labels=tuple(pairs))
+
+
+def _text(value: object) -> str:
+    # JSON can name halves of surrogate pairs, which are no characters.
+    return printable(str(value).encode("utf-8", "surrogatepass"))
+
+
+# --- HTTP over a unix socket --------------------------------------------------------------------------------------
+
+
+class _Away(Exception):
+    """The engine cannot be asked; the text is the reason in a few words."""
+
+
+class _Connection(http.client.HTTPConnection):
+    """One request to one unix socket."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket, within the time for an answer."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+    def ask(self, path: str) -> http.client.HTTPResponse:
+        """GET; the answer, unread. _Away."""
+        try:
+            self.request("GET", path)
+            response = self.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise _Away(_reason(error)) from error
+        if response.status != 200:
+            raise _Away(f"it answers {response.status} {printable(response.reason.encode('latin-1', 'replace'))}")
+        return response
+
+    def json(self, path: str) -> Any:
+        """GET; the whole answer. _Away."""
+        response = self.ask(path)
+        try:
+            content = response.read(_ANSWER_BYTES + 1)
+            if len(content) > _ANSWER_BYTES:
+                raise _Away(f"an answer is longer than {_ANSWER_BYTES >> 20} MiB")
+            return json.loads(content)
+        except (OSError, http.client.HTTPException) as error:
+            raise _Away(_reason(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise _Away("an answer is no JSON") from error
+
+    def line(self, response: http.client.HTTPResponse) -> bytes:
+        """The next line of an answer that goes on. TimeoutError after a long silence, _Away at its end."""
+        try:
+            line = response.readline(_LINE_BYTES + 1)
+        except TimeoutError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _Away(_reason(error)) from error
+        if not line:
+            raise _Away("it ended the stream of events")
+        if len(line) > _LINE_BYTES:
+            raise _Away(f"an event is longer than {_LINE_BYTES >> 20} MiB")
+        return line
+
+    def patience(self, seconds: float) -> None:
+        """How long the next line may take."""
+        if self.sock is not None:
+            self.sock.settimeout(seconds)
+
+    def interrupt(self) -> None:
+        """End a wait of another thread."""
+        sock = self.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"it does not answer within {_ANSWER_SECS:.0f} s"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return printable(text.encode("utf-8", "surrogateescape"))
