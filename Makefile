@@ -1,7 +1,7 @@
 # Targets for people. `make` alone shows them.
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-kafka test test-kernels check format bench wheel lock clean
+.PHONY: help setup demo demo-kafka test test-kernels test-cluster check format bench wheel lock clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,13 @@ test: check ## everything, on real parts: BPF on this kernel and in others, Apac
 
 test-kernels: setup ## every tier in Debian's kernels 5.10 to 7.3 and on arm64, in QEMU; writes the README's table
 	@$(PY) -m tests.kernel matrix --readme
+
+test-cluster: setup ## the agent as a DaemonSet of a real Kubernetes, built, started and stopped here (root; first time 15 minutes)
+	@scripts/setup test
+	@echo "test-cluster: building what is missing: Kubernetes, containerd and etcd, and the agent's image by docker"
+	@$(PY) -m tests.cluster fetch
+	@echo "test-cluster: the agent in pods of a cluster of one node, the API server gone and back, and the host as before"
+	@$(PY) -m pytest tests/cluster/cases
 
 format: setup ## put the sources into their form
 	@.venv/bin/ruff check --fix-only --quiet .

@@ -1,0 +1,1 @@
+"""Cases that need a cluster: ``make test-cluster`` runs them, ``make test`` does not."""

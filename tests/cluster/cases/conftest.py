@@ -1,0 +1,42 @@
+"""The cluster, the API server alone, and the agent in the cluster, each started once for the module that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.broker import Kafka
+from tests.cluster import deployed, images, servers
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[servers.Cluster]:
+    """A whole Kubernetes of one node. It ends with the module, for there is one at a time on a host."""
+    with servers.cluster() as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[servers.ApiServer]:
+    """An API server without a node, which tests may stop and start."""
+    with servers.api_server() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The agent as a DaemonSet: the name of its pod, and where it publishes."""
+
+    pod: str
+    topic: str
+    bootstrap: str
+
+
+@pytest.fixture(scope="module")
+def agent(cluster: servers.Cluster, kafka: Kafka) -> Iterator[Deployed]:
+    """The manifests of ``deploy/kubernetes`` with the image of this checkout, publishing to a real Kafka."""
+    cluster.load(images.agent())
+    with deployed.agent(cluster, kafka, "binds") as pod:
+        yield Deployed(pod, "binds", kafka.bootstrap)
