@@ -188,6 +188,18 @@ class Workload(NamedTuple):
     labels: tuple[tuple[str, str], ...] = ()
 
 
+class LabelTest(NamedTuple):
+    """What one entry of a label selector asks for, as kubectl reads it.
+
+    ``wanted``: the label ``key`` is there and, unless ``value`` is None, has this value. Otherwise the opposite, so
+    that ``key!=value`` is true of what has no such label.
+    """
+
+    key: str
+    value: str | None
+    wanted: bool
+
+
 # --- columns ------------------------------------------------------------------------------------------------------
 
 

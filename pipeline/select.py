@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.event import LabelTest
+
 # pyarrow guesses the type of a bare constant at every call, which costs more than the comparison of a small batch.
 _NORMAL, _WARN = pa.scalar("normal"), pa.scalar("warn")
 _ZERO, _FALSE = pa.scalar(0, pa.int32()), pa.scalar(False)
@@ -26,7 +28,8 @@ class Filter:
 
     ``pids`` process ids. ``ports`` ranges within 1 to 65535; an attempt matches when it asked for one or got one.
     ``ignore_errors`` keeps failed attempts back. ``since_us`` ≤ event time < ``until_us``, microseconds since 1970.
-    ``info`` lets the stream's own info records through. ``nodes`` names of nodes, or ``!name`` for all but that one.
+    ``info`` lets the stream's own info records through. ``nodes``, ``namespaces``, ``pods`` and ``containers`` are
+    names, or ``!name`` for all but that one; ``labels`` must all be true. What has no pod is in no namespace.
     """
 
     pids: tuple[int, ...] = ()
@@ -36,6 +39,10 @@ class Filter:
     until_us: int | None = None
     info: bool = False
     nodes: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    pods: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+    labels: tuple[LabelTest, ...] = ()
 
     @cached_property
     def wanted_ports(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -67,6 +74,8 @@ def select(batch: pa.RecordBatch, wanted: Filter) -> Selected:
         binds &= _true(pc.is_in(batch.column("pid"), pa.array(wanted.pids, pa.int32())))
     if wanted.ports and binds.any():
         binds &= _in_table(batch.column("port"), wanted) | _in_table(batch.column("asked_port"), wanted)
+    for mask in _workload(batch, wanted) if binds.any() else ():
+        binds &= mask
     for mask in _time_and_node(batch, wanted) if binds.any() or own.any() else ():
         binds &= mask
         own &= mask
@@ -106,10 +115,27 @@ def _time_and_node(batch: pa.RecordBatch, wanted: Filter) -> list[np.ndarray[tup
         masks.append(_true(pc.greater_equal(times, wanted.since_us)))
     if wanted.until_us is not None:
         masks.append(_true(pc.less(times, wanted.until_us)))
-    included = [name for name in wanted.nodes if not name.startswith("!")]
-    excluded = [name.removeprefix("!") for name in wanted.nodes if name.startswith("!")]
+    masks += _named(batch.column("node"), wanted.nodes)
+    return masks
+
+
+def _named(names: pa.StringArray, wanted: tuple[str, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    masks = []
+    included = [name for name in wanted if not name.startswith("!")]
+    excluded = [name.removeprefix("!") for name in wanted if name.startswith("!")]
     if included:
-        masks.append(_true(pc.is_in(batch.column("node"), pa.array(included))))
+        masks.append(_true(pc.is_in(names, pa.array(included))))
     if excluded:
-        masks.append(~_true(pc.is_in(batch.column("node"), pa.array(excluded))))
+        masks.append(~_true(pc.is_in(names, pa.array(excluded))))
+    return masks
+
+
+def _workload(batch: pa.RecordBatch, wanted: Filter) -> list[np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    masks = _named(batch.column("namespace"), wanted.namespaces)
+    masks += _named(batch.column("pod"), wanted.pods)
+    masks += _named(batch.column("container"), wanted.containers)
+    for test in wanted.labels:
+        values = pc.map_lookup(batch.column("labels"), pa.scalar(test.key), "first")
+        has = pc.is_valid(values) if test.value is None else pc.equal(values, pa.scalar(test.value))
+        masks.append(_true(has) if test.wanted else ~_true(has))
     return masks

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import event
+from pipeline.event import LabelTest
 from pipeline.select import Filter, Selected, select
 
 
@@ -181,3 +182,55 @@ def test_a_slice_is_a_batch_like_any_other(offset: int) -> None:
     rows = batch({"pid": 1}, {"pid": 2}, {"pid": 1, "port": 81}, {"pid": 2}, {"pid": 1})
 
     assert [pos for pos in (0, 2, 4) if pos >= offset] == passed(rows.slice(offset), pids=(1,))
+
+
+# --- who it was ---------------------------------------------------------------------------------------------------
+
+WEB = {"namespace": "default", "pod": "web-1", "container": "web", "labels": [("app", "web"), ("tier", "front")]}
+DB = {"namespace": "data", "pod": "db-0", "container": "db", "labels": [("app", "db"), ("canary", "")]}
+DOCKER = {"container": "web", "container_id": "0" * 64}
+HOST: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({"namespaces": ("default",)}, [0]),
+        ({"namespaces": ("!default",)}, [1, 2, 3]),
+        ({"namespaces": ("default", "data")}, [0, 1]),
+        ({"namespaces": ("default", "!default")}, []),
+        ({"pods": ("db-0",)}, [1]),
+        ({"pods": ("!db-0",)}, [0, 2, 3]),
+        ({"containers": ("web",)}, [0, 2]),
+        ({"containers": ("web", "db")}, [0, 1, 2]),
+        ({"containers": ("!web",)}, [1, 3]),
+        ({"containers": ("web",), "namespaces": ("default",)}, [0]),
+        ({"labels": (LabelTest("app", "web", True),)}, [0]),
+        ({"labels": (LabelTest("app", "web", False),)}, [1, 2, 3]),
+        ({"labels": (LabelTest("app", None, True),)}, [0, 1]),
+        ({"labels": (LabelTest("canary", None, True),)}, [1]),
+        ({"labels": (LabelTest("canary", "", True),)}, [1]),
+        ({"labels": (LabelTest("canary", None, False),)}, [0, 2, 3]),
+        ({"labels": (LabelTest("app", None, True), LabelTest("tier", "front", True))}, [0]),
+        ({"labels": (LabelTest("app", "web", True), LabelTest("app", "db", True))}, []),
+    ],
+)
+def test_names_and_labels(wanted: dict[str, Any], expected: list[int]) -> None:
+    """Listed names pass, names behind ``!`` do not; every test of a label must hold, as kubectl reads it."""
+    assert passed(batch(WEB, DB, DOCKER, HOST), **wanted) == expected
+
+
+def test_names_do_not_hide_a_warning() -> None:
+    """A warning belongs to no pod and passes whatever pod is asked for."""
+    rows = batch(WARN, WEB, INFO)
+
+    assert passed(rows, namespaces=("data",), pods=("x",), containers=("y",), labels=(LabelTest("a", "b", True),)) == [
+        0
+    ]
+
+
+def test_hidden_failures_are_those_of_the_pods_asked_for() -> None:
+    """A failed attempt of another pod is no hidden one."""
+    rows = batch({**WEB, "errno": 98}, {**DB, "errno": 98}, {"errno": 13})
+
+    assert select(rows, Filter(pods=("db-0",))).hidden_failures == 1
