@@ -9,6 +9,7 @@ The stream's own records:
 ``start``       the epoch begins: program, kernel boot, tracer, and what this tracer cannot see
 ``checkpoint``  every 10,000 records or 10 s (60 s when idle): first and last pos since the one before, the counters
 ``loss``        type ``warn``: attempts that are not in the stream, by cause, or records that a destination did not get
+``workload``    names of a container that came too late for its events, which only have its id
 ``stop``        the epoch ends; without it the end is open until the next ``start``
 """
 
@@ -155,12 +156,31 @@ class Stream:
             counts={"undelivered": count},
         )
 
+    def workload(self, now_us: int, container_id: str, workload: event.Workload) -> pa.RecordBatch:
+        """A ``workload`` record: the container whose events before this one have its id alone is called so."""
+        pod = f" of pod {workload.namespace}/{workload.pod}" if workload.pod is not None else ""
+        return self._own(
+            "workload",
+            "info",
+            now_us,
+            f"container {container_id} is {workload.container}{pod}",
+            {**workload._asdict(), "container_id": container_id},
+        )
+
     def stop(self, now_us: int, monotonic: float, counters: Mapping[str, int], message: str) -> pa.RecordBatch:
         """The last checkpoint and the last record of the epoch."""
         last = self.checkpoint(now_us, monotonic, counters)
         return _concat([last, self._own("stop", "info", now_us, message, counts=dict(counters))])
 
-    def _own(self, kind: str, type_: str, now_us: int, message: str, **testimony: Any) -> pa.RecordBatch:
+    def _own(
+        self,
+        kind: str,
+        type_: str,
+        now_us: int,
+        message: str,
+        fields: Mapping[str, Any] | None = None,
+        **testimony: Any,
+    ) -> pa.RecordBatch:
         row = {
             "type": type_,
             "kind": kind,
@@ -171,6 +191,7 @@ class Stream:
             "labels": {},
             "message": message,
             "testimony": {"boot_id": self._boot_id} | testimony,
+            **(fields or {}),
         }
         self.next_pos += 1
         return pa.RecordBatch.from_pylist([row], schema=event.schema())
