@@ -1,8 +1,9 @@
 """bindsnoop-agent: from this node's kernel to files and Kafka, for ever.
 
-In: the ring of the tracer. Out: an archive (``--files``), a topic (``--topic``), or both. ``carry`` is the whole path
-of a burst; ``run`` is the loop around it. Records leave the ring only when they are in the archive or in the queue for
-the topic. What a destination could not be given is declared in the stream, as a ``loss`` record with its positions.
+In: the ring of the tracer. Out: an archive (``--files``), a topic (``--topic``), or both. ``arrive`` and ``carry`` are
+the whole path of a burst, with a delay line between them, where it may wait for the names of its containers; ``run`` is
+the loop around it. Records leave the ring only when they are in the archive or in the queue for the topic. What a
+destination could not be given is declared in the stream, as a ``loss`` record with its positions.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from pipeline import archive, testimony, topic
     from pipeline.tracer import Burst, Tracer
+    from pipeline.workloads import Directory, Source
 
 
 _IDLE_SECS = 0.5
@@ -174,13 +176,52 @@ class Clock:
         return time.time_ns() // 1000
 
 
-def carry(burst: Burst, offset_ns: int, stream: testimony.Stream) -> pa.RecordBatch:
-    """The path of a burst: from the kernel's records to numbered events."""
+def arrive(burst: Burst, offset_ns: int) -> pa.RecordBatch:
+    """The first half of the path: from the kernel's records to events that know the id of their container."""
     from pipeline import enrich, records
 
     batch = records.decode(burst.records, offset_ns)
-    batch = enrich.enrich(batch)
-    return stream.number(batch)
+    return enrich.enrich(batch)
+
+
+def carry(
+    batch: pa.RecordBatch, directory: Directory, stream: testimony.Stream
+) -> tuple[pa.RecordBatch, Iterable[str]]:
+    """The second half: from there to named and numbered events, and the ids that have no name yet."""
+    from pipeline import enrich
+
+    batch, unnamed = enrich.name(batch, directory.get)
+    return stream.number(batch), unnamed
+
+
+class Unnamed:
+    """Containers whose events went on with the id alone, so that the stream tells their names when they are known."""
+
+    _MOST = 10_000
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._ids: dict[str, None] = {}
+        self._seen = directory.changes
+
+    def note(self, ids: Iterable[str]) -> None:
+        """These have no name; beyond ten thousand the oldest is forgotten."""
+        for container_id in ids:
+            self._ids[container_id] = None
+            if len(self._ids) > self._MOST:
+                del self._ids[next(iter(self._ids))]
+            # It may have got its name since it was asked for.
+            self._seen = -1
+
+    def named(self) -> list[tuple[str, event.Workload]]:
+        """Those that have one since the last call, each once."""
+        if self._seen == self._directory.changes:
+            return []
+        self._seen = self._directory.changes
+        found = [(name, workload) for name in self._ids if (workload := self._directory.get(name)) is not None]
+        for container_id, _ in found:
+            del self._ids[container_id]
+        return found
 
 
 class Rarely:
@@ -249,17 +290,22 @@ def run(
     stream: testimony.Stream,
     sinks: Sequence[Sink],
     *,
+    directory: Directory,
     clock: Clock,
     log: telemetry.Log,
     stopping: Callable[[], bool],
     max_delay_secs: float,
+    name_delay_secs: float,
     budget_secs: float,
     start_message: str,
 ) -> int:
     """Carry bursts until ``stopping``; return how many records some destination did not get in the end."""
     from pipeline import avro
+    from pipeline.delay import DelayLine
 
     read = 0
+    line: DelayLine[Burst] = DelayLine(lambda name: directory.get(name) is not None, name_delay_secs)
+    unnamed = Unnamed(directory)
     ledgers = [(sink, Ledger(), _undelivered_line(sink, log)) for sink in sinks]
     lost_line = Rarely(lambda count: log.error("Attempts were lost before they could be read.", attempts=count))
 
@@ -272,14 +318,23 @@ def run(
             sink.put(batch)
 
     def take(timeout_secs: float, idle_secs: float = 0.0) -> bool:
+        # While records wait in the ring the kernel does not wake anybody for the next one.
+        burst = tracer.read(timeout_secs, 0.0 if line else idle_secs)
+        if burst is not None:
+            line.put(arrive(burst, clock.offset_ns()), burst, time.monotonic())
+        pass_on(tracer.half_full())
+        return burst is not None
+
+    def pass_on(pressed: bool) -> None:
         nonlocal read
-        burst = tracer.read(timeout_secs, idle_secs)
-        if burst is None:
-            return False
-        emit(carry(burst, clock.offset_ns(), stream))
-        tracer.release(burst)
-        read += len(burst.records)
-        return True
+        for batch, burst in line.ready(time.monotonic(), pressed=pressed):
+            numbered, without = carry(batch, directory, stream)
+            emit(numbered)
+            tracer.release(burst)
+            unnamed.note(without)
+            read += len(burst.records)
+        for container_id, workload in unnamed.named():
+            emit(stream.workload(clock.now_us(), container_id, workload))
 
     def tick() -> None:
         for sink, ledger, _ in ledgers:
@@ -287,10 +342,10 @@ def run(
 
     def declare() -> None:
         tick()
-        for sink, ledger, line in ledgers:
+        for sink, ledger, said in ledgers:
             for gap in ledger.take():
                 ledger.declared(gap, stream.next_pos)
-                line.note(gap.last_pos - gap.first_pos + 1, time.monotonic())
+                said.note(gap.last_pos - gap.first_pos + 1, time.monotonic())
                 emit(stream.undelivered(clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos))
 
     def close_interval(batch: pa.RecordBatch) -> None:
@@ -309,10 +364,11 @@ def run(
     tracer.detach()
     while take(0):
         pass
+    pass_on(True)
     declare()
     close_interval(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"))
-    for said in (lost_line, *(line for _, _, line in ledgers)):
-        said.rest()
+    for rarely in (lost_line, *(said for _, _, said in ledgers)):
+        rarely.rest()
     deadline = time.monotonic() + budget_secs
     left = 0
     for sink in sinks:
@@ -430,8 +486,9 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
 
     # First of all: from here on the kernel keeps what is bound while the rest is loaded.
     tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes, exclusive=True, lock_path=settings.lock)
+    sources: Sequence[Source] = ()
     try:
-        from pipeline import testimony
+        from pipeline import testimony, workloads
 
         # Messages come and go by the thousand and are never part of a cycle; nothing is gained by looking for one.
         gc.set_threshold(200_000, 50, 50)
@@ -446,16 +503,34 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
             checkpoint_secs=settings.checkpoint_age,
         )
         sinks = sinks_of(settings, epoch, log)
+        directory = workloads.Directory()
+        sources = workloads.open_sources(
+            settings.workloads,
+            directory,
+            node=settings.node,
+            kubeconfig=settings.kubeconfig,
+            docker_sockets=settings.docker_sockets,
+            podman_storage=settings.podman_storage,
+            say=telemetry.Sparing(log.say),
+        )
         message = start_message(tracer)
-        log.info(message, node=settings.node, epoch=epoch, to=", ".join(sink.name for sink in sinks))
+        log.info(
+            message,
+            node=settings.node,
+            epoch=epoch,
+            to=", ".join(sink.name for sink in sinks),
+            names=", ".join(source.name for source in sources) or "none",
+        )
         left = run(
             tracer,
             stream,
             sinks,
+            directory=directory,
             clock=clock,
             log=log,
             stopping=stopping,
             max_delay_secs=settings.max_delay,
+            name_delay_secs=settings.name_delay if sources else 0.0,
             budget_secs=settings.shutdown,
             start_message=message,
         )
@@ -463,3 +538,5 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
         return 3 if left else 0
     finally:
         tracer.close()
+        for source in sources:
+            source.close()

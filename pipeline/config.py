@@ -61,6 +61,11 @@ class AgentConfig:
     tracer: str
     ring_bytes: int
     max_delay: float
+    workloads: tuple[str, ...]
+    kubeconfig: Path | None
+    docker_sockets: tuple[Path, ...]
+    podman_storage: Path
+    name_delay: float
     queue_bytes: int
     linger: float
     shutdown: float
@@ -78,8 +83,9 @@ class AgentConfig:
 class ReplayConfig:
     """Settings of ``bindsnoop-replay``; topic, files or both are set.
 
-    ``pids``, ``ports``, ``ignore_errors``, ``since_us``, ``until_us``, ``info`` and ``nodes`` are those of
-    ``select.Filter``; times are microseconds since 1970. ``columns`` is a layout or names of columns.
+    ``pids``, ``ports``, ``ignore_errors``, ``since_us``, ``until_us``, ``info``, ``nodes``, ``namespaces``, ``pods``,
+    ``containers`` and ``labels`` are those of ``select.Filter``; times are microseconds since 1970. ``columns`` is a
+    layout or names of columns.
     """
 
     topic: str | None
@@ -95,6 +101,11 @@ class ReplayConfig:
     until_us: int | None
     info: bool
     nodes: tuple[str, ...]
+    namespaces: tuple[str, ...]
+    pods: tuple[str, ...]
+    containers: tuple[str, ...]
+    labels: tuple[event.LabelTest, ...]
+    resolve: bool
     tail: int | None
     follow: bool
     count: bool
@@ -111,10 +122,19 @@ class LiveConfig:
     node: str
     tracer: str
     ring_bytes: int
+    workloads: tuple[str, ...]
+    kubeconfig: Path | None
+    docker_sockets: tuple[Path, ...]
+    podman_storage: Path
+    name_delay: float
     pids: tuple[int, ...]
     ports: tuple[range, ...]
     ignore_errors: bool
     info: bool
+    namespaces: tuple[str, ...]
+    pods: tuple[str, ...]
+    containers: tuple[str, ...]
+    labels: tuple[event.LabelTest, ...]
     output: str
     columns: str | tuple[str, ...]
     time: bool
@@ -286,11 +306,30 @@ def _pids(text: str) -> tuple[int, ...]:
     return tuple(int(entry) for entry in _each(text))
 
 
-def _nodes(text: str) -> tuple[str, ...]:
+def _names(text: str) -> tuple[str, ...]:
     for entry in _each(text):
         if not entry.removeprefix("!"):
             raise ValueError(entry)
     return tuple(_each(text))
+
+
+def parse_labels(text: str) -> tuple[event.LabelTest, ...]:
+    """``app=web,tier!=db,canary,!old`` → one test for each entry. ValueError with the entry that is wrong."""
+    tests = []
+    for entry in _each(text):
+        found = re.fullmatch(r"([^=!\s]+)\s*(?:(==|=|!=)\s*([^=!]*))?", entry.removeprefix("!"))
+        if not found or (entry.startswith("!") and found[2]):
+            raise ValueError(entry)
+        tests.append(event.LabelTest(found[1], found[3], not entry.startswith("!") and found[2] != "!="))
+    return tuple(tests)
+
+
+def _workloads(text: str) -> tuple[str, ...]:
+    names = tuple(_each(text))
+    for name in names:
+        if name not in _SOURCES or (name in {"auto", "none"} and len(names) > 1):
+            raise ValueError(name)
+    return names
 
 
 _CUSTOM = "custom-columns="
@@ -342,6 +381,10 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _several_paths(text: str) -> tuple[Path, ...]:
+    return tuple(_path(part) for part in text.split(os.pathsep))
+
+
 BOOLEAN = Kind(_boolean, "true or false", choices=("true", "false"))
 """An option of this kind needs no value: alone it means true."""
 
@@ -352,7 +395,10 @@ _TIME = Kind(
 )
 _PORTS = Kind(parse_ports, "ports and ranges from 1 to 65535, such as 4242,8000-8100", "LIST")
 _PIDS = Kind(_pids, "process ids from 1 to 2147483647, such as 42,4711", "LIST")
-_NODES = Kind(_nodes, "names of nodes, each with ! in front to leave it out, such as worker-1,!worker-2", "LIST")
+_NAMES = Kind(_names, "names, each with ! in front to leave it out, such as one,!another", "LIST")
+_LABELS = Kind(parse_labels, "k=v, k!=v, k or !k, or a list of them with commas, such as app=web,tier!=db", "LIST")
+_SOURCES = ("auto", "none", "kubernetes", "docker", "podman")
+_WORKLOADS = Kind(_workloads, "auto, none, or a list of kubernetes, docker, podman", "auto|none|LIST", choices=_SOURCES)
 _NODE = _matching(r"[A-Za-z0-9._-]{1,253}", "up to 253 letters, digits, dots, dashes and underscores", "NAME")
 _TOPIC = _matching(r"[A-Za-z0-9._-]{1,249}", "up to 249 letters, digits, dots, dashes and underscores", "NAME")
 _OUTPUT = Kind(
@@ -367,6 +413,7 @@ _PROPERTY = Kind(_property, "KEY=VALUE", "KEY=VALUE")
 _FILE = Kind(_path, "a path", "FILE", paths="file")
 _DIRECTORY = Kind(_path, "a path", "DIR", paths="directory")
 _PATHS = Kind(_paths, "a path", "PATH…", paths="file")
+_SOCKETS = Kind(_several_paths, f"a path, or several with {os.pathsep} between them", "PATH", paths="file")
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
@@ -425,6 +472,7 @@ _TO = "Where to write"
 _WHICH = "Which events"
 _HOW = "How they are shown"
 _TRACE = "Tracing"
+_NAMES_OF = "Names of containers"
 _STREAM = "The stream"
 _ARCHIVE = "Files of --files"
 _PROBE = "What this host can do"
@@ -462,7 +510,22 @@ OPTIONS: tuple[Option, ...] = (
     Option("from", _TIME, "Only what happened at this time or later.", _R, _WHICH, field="since_us"),
     Option("until", _TIME, "Only what happened before this time.", _R, _WHICH, field="until_us"),
     Option("tail", _whole(1), "Only the last N that match.", _R, _WHICH),
-    Option("node", _NODES, "Only these nodes; !NAME leaves one out.", _R, _WHICH, field="nodes", many=True),
+    Option("node", _NAMES, "Only these nodes; !NAME leaves one out.", _R, _WHICH, field="nodes", many=True),
+    Option(
+        "namespace", _NAMES, "Only pods of these namespaces.", _SHOWN, _WHICH, short="n", field="namespaces", many=True,
+    ),
+    Option(
+        "all-namespaces", BOOLEAN, "All namespaces, and the host; so it is without -n.", _SHOWN, _WHICH, "false", "A",
+    ),
+    Option("podname", _NAMES, "Only these pods.", _SHOWN, _WHICH, short="p", field="pods", many=True),
+    Option(
+        "containername", _NAMES, "Only these containers.", _SHOWN, _WHICH, short="c", field="containers", many=True,
+    ),
+    Option("selector", _LABELS, "Only pods with these labels.", _SHOWN, _WHICH, short="l", field="labels", many=True),
+    Option(
+        "resolve", BOOLEAN, "Name containers that the agent came to know after their events; reads everything twice.",
+        _R, _HOW, "false",
+    ),
     Option("info", BOOLEAN, "Also the stream's own notes, such as starts and checkpoints.", _SHOWN, _WHICH, "false"),
     Option("follow", BOOLEAN, "Go on with what comes after the end of the topic.", _R, _SOURCE, "false"),
     Option(
@@ -487,6 +550,27 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-delay", _duration("1ms"), "How long an event may wait in the kernel.", _A, _TRACE, "50ms"),
     Option(
         "lock", _FILE, "Held while the agent runs, for there is one a node.", _A, _TRACE, "/run/bindsnoop/agent.lock",
+    ),
+    Option(
+        "workloads", _WORKLOADS,
+        "Who knows the names of containers; auto asks Kubernetes in a pod, else docker and podman where they are.",
+        _A + _L, _NAMES_OF, "auto",
+    ),
+    Option("kubeconfig", _FILE, "How to reach Kubernetes from outside a pod.", _A + _L, _NAMES_OF),
+    Option(
+        "docker-socket", _SOCKETS, "Sockets of docker, and of podman's service, which speaks the same.",
+        _A + _L, _NAMES_OF, f"/var/run/docker.sock{os.pathsep}/run/podman/podman.sock", field="docker_sockets",
+    ),
+    Option(
+        "podman-storage", _DIRECTORY, "Where podman keeps its containers.", _A + _L, _NAMES_OF,
+        "/var/lib/containers/storage",
+    ),
+    Option(
+        "name-delay", _duration("0s"), "How long an event may wait for the name of its container.", _A, _NAMES_OF, "2s",
+    ),
+    Option(
+        "name-delay", _duration("0s"), "How long an event may wait for the name of its container.", _L, _NAMES_OF,
+        "300ms",
     ),
     Option("checkpoint-records", _whole(1, 10**9), "A checkpoint after so many records.", _A, _STREAM, "10000"),
     Option("checkpoint-age", _duration("1s"), "A checkpoint after this time.", _A, _STREAM, "10s"),
@@ -810,6 +894,8 @@ def _settings(
         fields["properties"] = dict(fields["properties"])
     if command == "agent":
         return AgentConfig(**fields)
+    if fields.pop("all_namespaces"):
+        fields["namespaces"] = ()
     layout, output = fields.pop("layout"), fields["output"]
     fields["columns"] = layout if isinstance(output, str) else output
     fields["output"] = output if isinstance(output, str) else "columns"

@@ -12,9 +12,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline import config, event
+from pipeline import config, event, telemetry
 from pipeline.errors import BindsnoopError
+
+if TYPE_CHECKING:
+    from pipeline.tracer import Burst
+    from pipeline.workloads import Source
 
 _DELAY_SECS = 0.05
 """How long a bind may wait in the ring."""
@@ -42,6 +47,7 @@ def _main(settings: config.LiveConfig) -> int:
     from pipeline.tracer import Wanted, open_tracer
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sources: Sequence[Source] = ()
     # The kernel leaves out most of what nobody asked for, and what it lets through is filtered again below.
     tracer = open_tracer(
         settings.tracer,
@@ -51,13 +57,21 @@ def _main(settings: config.LiveConfig) -> int:
     try:
         import pyarrow as pa
 
-        from pipeline import enrich, records, select, testimony
+        from pipeline import enrich, records, select, testimony, workloads
+        from pipeline.delay import DelayLine
         from pipeline.render.printer import Printer
 
         printer = Printer(settings.output, settings.columns, time=settings.time)
         out = sys.stdout.buffer
         wanted = select.Filter(
-            pids=settings.pids, ports=settings.ports, ignore_errors=settings.ignore_errors, info=settings.info
+            pids=settings.pids,
+            ports=settings.ports,
+            ignore_errors=settings.ignore_errors,
+            info=settings.info,
+            namespaces=settings.namespaces,
+            pods=settings.pods,
+            containers=settings.containers,
+            labels=settings.labels,
         )
         stream = testimony.Stream(
             settings.node,
@@ -78,14 +92,28 @@ def _main(settings: config.LiveConfig) -> int:
         out.write(printer.header)
         out.flush()
         show(stream.start(time.time_ns() // 1000, f"bindsnoop traces with {tracer.name}", tracer.counters()))
+        directory = workloads.Directory()
+        sources = workloads.open_sources(
+            settings.workloads,
+            directory,
+            node=settings.node,
+            kubeconfig=settings.kubeconfig,
+            docker_sockets=settings.docker_sockets,
+            podman_storage=settings.podman_storage,
+            say=telemetry.Sparing(lambda _, sentence: print(f"bindsnoop: {sentence}", file=sys.stderr, flush=True)),
+        )
+        delay_secs = settings.name_delay if sources else 0.0
+        line: DelayLine[Burst] = DelayLine(lambda name: directory.get(name) is not None, delay_secs)
         look = time.monotonic() + _LOOK_SECS
         while True:
-            burst = tracer.read(_DELAY_SECS, _LOOK_SECS)
+            burst = tracer.read(_DELAY_SECS, 0.0 if line else _LOOK_SECS)
             if burst is not None:
                 offset_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-                batch = records.decode(burst.records, offset_ns)
-                tracer.release(burst)
-                show(stream.number(enrich.enrich(batch)))
+                line.put(enrich.enrich(records.decode(burst.records, offset_ns)), burst, time.monotonic())
+            for batch, taken in line.ready(time.monotonic(), pressed=tracer.half_full()):
+                named, _ = enrich.name(batch, directory.get)
+                tracer.release(taken)
+                show(stream.number(named))
             if time.monotonic() >= look:
                 look = time.monotonic() + _LOOK_SECS
                 lost = stream.lost(time.time_ns() // 1000, tracer.counters())
@@ -93,3 +121,5 @@ def _main(settings: config.LiveConfig) -> int:
                     show(lost)
     finally:
         tracer.close()
+        for source in sources:
+            source.close()

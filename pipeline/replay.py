@@ -7,6 +7,7 @@ said, with its place and the reason, and ends the command with 3; it never stops
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import re
@@ -96,13 +97,15 @@ def found(settings: config.ReplayConfig, schemas: Schemas) -> Iterator[Found | U
         yield from _from_files(settings)
 
 
-def last(settings: config.ReplayConfig, schemas: Schemas, wanted: select.Filter, tally: Tally) -> list[pa.RecordBatch]:
+def last(
+    settings: config.ReplayConfig, schemas: Schemas, names: Names | None, wanted: select.Filter, tally: Tally
+) -> list[pa.RecordBatch]:
     """The reading path of ``--tail N``: the last N attempts that match, and what the stream says among them."""
     assert settings.tail is not None
     tail: deque[pa.RecordBatch] = deque()
     binds = 0
     if settings.files:
-        for batch in selected(_from_files(settings), wanted, tally):
+        for batch in selected(_resolved(_from_files(settings), names), wanted, tally):
             tail.append(batch)
             binds += _binds(batch)
             while binds - _binds(tail[0]) >= settings.tail:
@@ -111,7 +114,7 @@ def last(settings: config.ReplayConfig, schemas: Schemas, wanted: select.Filter,
         from pipeline import topic
 
         parts = topic.read_backwards(settings.topic, _client(settings), start=_start(settings))
-        for batch in selected(_decoded(settings.topic, parts, schemas), wanted, tally):
+        for batch in selected(_resolved(_decoded(settings.topic, parts, schemas), names), wanted, tally):
             tail.appendleft(batch)
             binds += _binds(batch)
             if binds >= settings.tail:
@@ -119,6 +122,10 @@ def last(settings: config.ReplayConfig, schemas: Schemas, wanted: select.Filter,
     if binds > settings.tail:
         tail[0] = _without_first_binds(tail[0], binds - settings.tail)
     return list(tail)
+
+
+def _resolved(parts: Iterable[Found | Unread], names: Names | None) -> Iterable[Found | Unread]:
+    return parts if names is None else names.resolved(parts)
 
 
 def _binds(batch: pa.RecordBatch) -> int:
@@ -178,6 +185,50 @@ def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
                     yield Unread(f"{block.path} block at byte {block.offset}", str(error), block.count)
                 else:
                     yield Found(batch, part.share)
+
+
+class Names:
+    """Names that the stream tells of containers after events that have their id alone: its ``workload`` records."""
+
+    MOST = 1_000_000
+    """Containers that are remembered; a stream that names more is not one of ours, and the rest stay raw ids."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], event.Workload] = {}
+
+    def learn(self, batch: pa.RecordBatch) -> None:
+        """Remember what the ``workload`` records of a batch say."""
+        import pyarrow.compute as pc
+
+        told = pc.equal(batch.column("kind"), "workload")
+        if not pc.any(told).as_py():
+            return
+        fields = ("container", "image", "namespace", "pod", "labels")
+        for row in batch.filter(told).select(["node", "container_id", *fields]).to_pylist():
+            if row["container_id"] and row["container"] and len(self._known) < self.MOST:
+                names = {name: row[name] for name in fields} | {"labels": tuple(row["labels"])}
+                self._known[row["node"], row["container_id"]] = event.Workload(**names)
+
+    def resolved(self, parts: Iterable[Found | Unread]) -> Iterator[Found | Unread]:
+        """The same parts, their events named as far as anything is known, from earlier or from among them."""
+        from pipeline import enrich
+
+        for part in parts:
+            if isinstance(part, Found):
+                self.learn(part.batch)
+                yield part._replace(batch=enrich.resolve(part.batch, lambda *key: self._known.get(key)))
+            else:
+                yield part
+
+    @classmethod
+    def of(cls, settings: config.ReplayConfig, schemas: Schemas) -> Names:
+        """The first pass of ``--resolve``: everything from ``--from`` to the end, for names come after events."""
+        names = cls()
+        for part in found(dataclasses.replace(settings, until_us=None, follow=False), schemas):
+            # What cannot be read is said by the second pass.
+            if isinstance(part, Found):
+                names.learn(part.batch)
+        return names
 
 
 class Tally:
@@ -285,14 +336,19 @@ def _main(settings: config.ReplayConfig) -> int:
         until_us=settings.until_us,
         info=settings.info,
         nodes=settings.nodes,
+        namespaces=settings.namespaces,
+        pods=settings.pods,
+        containers=settings.containers,
+        labels=settings.labels,
     )
     interrupted = False
     try:
+        names = Names.of(settings, schemas) if settings.resolve else None
         if settings.tail is not None:
-            batches: Iterable[pa.RecordBatch] = last(settings, schemas, filter_, tally)
+            batches: Iterable[pa.RecordBatch] = last(settings, schemas, names, filter_, tally)
             tally.shown = sum(map(_binds, batches))
         else:
-            batches = selected(found(settings, schemas), filter_, tally)
+            batches = selected(_resolved(found(settings, schemas), names), filter_, tally)
         if settings.count:
             for _ in batches:
                 pass

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 WORDS = {"event", "errors"}
-STAGES = {"records", "enrich", "testimony", "avro", "select", "render"}
+STAGES = {"records", "enrich", "delay", "testimony", "avro", "select", "render"}
 EDGES = {"tracer", "workloads", "archive", "topic", "registry"}
 AROUND = {"config", "completion", "telemetry"}
 COMMANDS = {"agent", "replay", "live"}

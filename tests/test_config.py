@@ -51,7 +51,7 @@ def test_the_table_and_the_settings_name_the_same(command: config.Command) -> No
     options = {option.attribute for option in config.options_of(command).values()}
     fields = {field.name for field in dataclasses.fields(SETTINGS[command])}
 
-    assert fields - {"columns"} == options - {"layout", "config", "completion", "version", "help"}
+    assert fields - {"columns"} == options - {"layout", "all_namespaces", "config", "completion", "version", "help"}
 
 
 @pytest.mark.parametrize("command", get_args(config.Command))
@@ -256,9 +256,22 @@ def test_a_wrong_port_is_named(flag: str, entry: str) -> None:
         (["--follow", "--count"], "--follow and --count exclude each other; choose one."),
         (
             ["--node", "a,!"],
-            "--node: '!' is not allowed, only names of nodes, each with ! in front to leave it out, "
-            "such as worker-1,!worker-2.",
-        ),
+            "--node: '!' is not allowed, only names, each with ! in front to leave it out, such as one,!another.",
+            ),
+            (
+                ["-n", "a,,b"],
+                "-n: '' is not allowed, only names, each with ! in front to leave it out, such as one,!another.",
+            ),
+            (
+                ["-l", "app=web,=x"],
+                "-l: '=x' is not allowed, only k=v, k!=v, k or !k, or a list of them with commas, such as "
+                "app=web,tier!=db.",
+            ),
+            (
+                ["-l", "!app=web"],
+                "-l: '!app=web' is not allowed, only k=v, k!=v, k or !k, or a list of them with commas, such as "
+                "app=web,tier!=db.",
+            ),
         (
             ["--until", "2026-01-01", "--from", "2026-01-02"],
             "--until is 2026-01-01T00:00:00.000000Z and --from 2026-01-02T00:00:00.000000Z; "
@@ -533,3 +546,55 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     assert refusal("replay", ["--topic=t", "--config", str(file)]).startswith(
         f"The configuration file {file} is not TOML"
     )
+
+
+# --- selectors and sources of names -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("app=web", [("app", "web", True)]),
+        ("app==web", [("app", "web", True)]),
+        ("app!=web", [("app", "web", False)]),
+        ("app", [("app", None, True)]),
+        ("!app", [("app", None, False)]),
+        ("app=", [("app", "", True)]),
+        ("app = web , tier != db", [("app", "web", True), ("tier", "db", False)]),
+        ("app.kubernetes.io/name=web,!canary", [("app.kubernetes.io/name", "web", True), ("canary", None, False)]),
+    ],
+)
+def test_label_selectors(text: str, expected: list[tuple[str, str | None, bool]]) -> None:
+    """As kubectl writes them."""
+    settings = config.parse("replay", ["--topic", "binds", "-l", text], {}, system_file=NOWHERE)
+
+    assert expected == [tuple(test) for test in settings.labels]
+
+
+def test_selectors_have_kubectls_letters() -> None:
+    """-n, -p, -c and -l, each a list or repeated; -A is all namespaces again."""
+    argv = ["--topic", "binds", "-n", "a,!b", "-n=c", "-p", "web-1", "-cweb", "-l", "app=web", "-l", "tier"]
+    settings = config.parse("replay", argv, {}, system_file=NOWHERE)
+    every = config.parse("live", ["-n", "a", "-A"], {}, system_file=NOWHERE)
+
+    assert (settings.namespaces, settings.pods, settings.containers) == (("a", "!b", "c"), ("web-1",), ("web",))
+    assert [test.key for test in settings.labels] == ["app", "tier"]
+    assert every.namespaces == ()
+
+
+@pytest.mark.parametrize("text", ["auto,docker", "none,podman", "crictl", ""])
+def test_sources_of_names_that_are_none(text: str) -> None:
+    """auto and none stand alone, and others than those listed do not exist."""
+    with pytest.raises(
+        UsageError, match=r"is not allowed, only auto, none, or a list of kubernetes, docker, podman\.$"
+    ):
+        config.parse("live", ["--workloads", text], {}, system_file=NOWHERE)
+
+
+def test_sockets_are_paths_with_colons_between_them() -> None:
+    """Both usual ones by default."""
+    usual = config.parse("live", [], {}, system_file=NOWHERE)
+    given = config.parse("live", ["--docker-socket", "/a:/b"], {}, system_file=NOWHERE)
+
+    assert [Path("/var/run/docker.sock"), Path("/run/podman/podman.sock")] == list(usual.docker_sockets)
+    assert [Path("/a"), Path("/b")] == list(given.docker_sockets)

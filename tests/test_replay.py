@@ -19,7 +19,7 @@ import pytest
 from pipeline import archive, avro
 from tests import stored
 from tests.broker import Kafka, Registry, free_ports
-from tests.commands import BIN, environment, replay
+from tests.commands import BIN, Done, environment, replay
 from tests.stored import bind, failed, own
 
 CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden/cases.json").read_text(encoding="utf-8"))
@@ -464,3 +464,75 @@ def test_closing_line_on_a_terminal_says_what_is_hidden(mixed: Path) -> None:
 
     assert "2 failed attempts are hidden, -i=false shows them" in said.decode()
     assert "hidden" not in replay("--files", mixed).err
+
+
+# --- names that came late -----------------------------------------------------------------------------------------
+
+ID, NEVER = "ab" * 32, "cd" * 32
+WEB = {"container": "web", "image": "nginx:1.27", "namespace": "default", "pod": "web-1", "labels": {"app": "web"}}
+
+
+def told_late() -> list[dict[str, Any]]:
+    """Binds of two containers with their ids alone; then the stream tells the names of one."""
+    told = stored.own(3, "info", "container …", kind="workload", container_id=ID, **WEB)
+    return [
+        stored.bind(0, container_id=ID, port=1001),
+        stored.bind(1, container_id=NEVER, port=1002),
+        stored.bind(2, container_id=ID, port=1003, node="node-2"),
+        told,
+        stored.bind(4, container_id=ID, port=1005, **WEB),
+        stored.failed(5, container_id=ID, port=1006),
+    ]
+
+
+def names_of(done: Done) -> dict[int, tuple[str | None, ...]]:
+    """By port: namespace, pod, container, and the label ``app``."""
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    return {
+        row["port"]: (row.get("namespace"), row.get("pod"), row.get("container"), row["labels"].get("app"))
+        for row in rows
+    }
+
+
+NAMED, RAW = ("default", "web-1", "web", "web"), (None, None, None, None)
+
+
+def test_resolve_names_events_after_the_fact(tmp_path: Path) -> None:
+    """With --resolve an event has the names that the stream told later, of its own node; without, it has its id."""
+    where = ["--files", stored.write(tmp_path, told_late()), "-i=false", "-o", "json-full"]
+
+    resolved = names_of(replay(*where, "--resolve"))
+    assert {1001: NAMED, 1002: RAW, 1003: RAW, 1005: NAMED, 1006: NAMED} == resolved
+    assert {1001: RAW, 1002: RAW, 1003: RAW, 1005: NAMED, 1006: RAW} == names_of(replay(*where))
+
+
+def test_resolve_comes_before_selecting(tmp_path: Path) -> None:
+    """A pod is found by the names that were told late, also by --tail and --count, also told after --until."""
+    where = ["--files", stored.write(tmp_path, told_late()), "--resolve"]
+    until = "2026-01-02T03:04:05.123458Z"
+
+    for asked in (["-n", "default"], ["-p", "web-1"], ["-c", "web"], ["-l", "app=web"]):
+        assert replay(*where, *asked, "--count").out == "2\n"
+        assert replay(*where, *asked, "-i=false", "--count").out == "3\n"
+    assert replay(*where, "-n", "default", "--until", until, "--count").out == "1\n"
+    tail = replay(*where, "-n", "default", "-i=false", "--tail", "2", "-o", "json-full")
+    assert [1005, 1006] == list(names_of(tail))
+
+
+def test_resolve_from_a_topic(kafka: Kafka, topic: str) -> None:
+    """A topic is read twice, and gives what the same events give from files."""
+    stored.make_topic(kafka.bootstrap, topic)
+    stored.send(kafka.bootstrap, topic, stored.messages(told_late()))
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap, "-i=false", "--resolve", "-o", "json-full"]
+
+    assert {1001: NAMED, 1002: RAW, 1003: RAW, 1005: NAMED, 1006: NAMED} == names_of(replay(*where))
+    assert [1005, 1006] == list(names_of(replay(*where, "-n", "default", "--tail", "2")))
+
+
+def test_all_namespaces_wins(tmp_path: Path) -> None:
+    """-A is as without -n, whichever comes first."""
+    where = ["--files", stored.write(tmp_path, told_late()), "--count"]
+
+    assert ["4", "1", "4", "4"] == [
+        replay(*where, *flags).out.strip() for flags in ((), ("-n", "default"), ("-A",), ("-A", "-n", "default"))
+    ]

@@ -13,7 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from pipeline.event import Workload
@@ -39,6 +40,47 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Stop, within two seconds."""
+
+
+def open_sources(
+    chosen: Sequence[str],
+    directory: Directory,
+    *,
+    node: str,
+    kubeconfig: Path | None,
+    docker_sockets: Sequence[Path],
+    podman_storage: Path,
+    say: Say,
+) -> list[Source]:
+    """Start the sources that are chosen: ``none``, names of sources, or ``auto``.
+
+    ``auto`` is Kubernetes in a pod with a service account, and wherever a kubeconfig is given; elsewhere docker and
+    podman, as far as their socket or storage is there now. Podman's files are read only where its service has no
+    socket. UsageError when one of them cannot be asked at all.
+    """
+    sources: list[Source] = []
+    wanted = set(chosen)
+    if "auto" in wanted:
+        from pipeline.workloads import kubernetes
+
+        if kubeconfig is not None or kubernetes.in_cluster():
+            wanted = {"kubernetes"}
+        else:
+            wanted = {"docker", "podman"}
+            docker_sockets = [path for path in docker_sockets if path.exists()]
+    if "kubernetes" in wanted:
+        from pipeline.workloads import kubernetes
+
+        sources.append(kubernetes.Kubernetes(directory, node, kubeconfig=kubeconfig, say=say))
+    if "docker" in wanted:
+        from pipeline.workloads import docker
+
+        sources += [docker.Docker(directory, path, say=say, name=f"docker {path}") for path in docker_sockets]
+    if "podman" in wanted and podman_storage.is_dir() and not any("podman" in str(path) for path in docker_sockets):
+        from pipeline.workloads import podman
+
+        sources.append(podman.Podman(directory, podman_storage, say=say))
+    return sources
 
 
 class Directory:

@@ -17,7 +17,8 @@ import platform
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import host
@@ -146,9 +147,22 @@ def _build(context: Path, archive: Path) -> None:
         client("builder", "prune", "--force", "--keep-storage=2GB")
 
 
+@dataclass
+class Docker:
+    """A docker daemon: its socket, and its client, which is called with the words of a command."""
+
+    socket: Path
+    command: list[str]
+    environment: dict[str, str]
+
+    def __call__(self, *words: str) -> str:
+        """What the client prints. ClusterFailed."""
+        return done([*self.command, *words], f"docker {words[0]} failed", env=self.environment)
+
+
 @contextlib.contextmanager
-def dockerd() -> Iterator[Callable[..., str]]:
-    """A docker daemon, and a function that gives what its client prints; stopped at the end, images stay in the cache.
+def dockerd() -> Iterator[Docker]:
+    """A docker daemon; stopped at the end, images stay in the cache.
 
     It has no network but the host's, and one process at a time has it.
     """
@@ -170,14 +184,11 @@ def dockerd() -> Iterator[Callable[..., str]]:
         )
         command = [str(programs / "usr/bin/docker"), "--config", place, "--host", f"unix://{folder / 'socket'}"]
 
-        def client(*words: str) -> str:
-            return done([*command, *words], f"docker {words[0]} failed", env=environment)
-
         own = ["/etc/docker", "/run/containerd", "/run/docker"]
         with host.processes(folder, group, own) as start:
             start(["env", f"PATH={environment['PATH']}", *daemon], folder / "dockerd.log")
             host.until(lambda: host.succeeds([*command, "version"]), "dockerd", folder / "dockerd.log")
-            yield client
+            yield Docker(folder / "socket", command, environment)
 
 
 def base() -> Path:

@@ -9,10 +9,10 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from pipeline.workloads.kubernetes import Kubernetes
 
 from pipeline.event import Workload
 from pipeline.workloads import Directory
+from pipeline.workloads.kubernetes import Kubernetes
 from tests import commands
 from tests.cluster.servers import NODE, ApiServer
 
