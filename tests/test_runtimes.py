@@ -1,4 +1,4 @@
-"""Real containers of a real docker: each bind in one has the names that docker gave it, as the documents show it."""
+"""Real containers of a real docker and podman: each bind in one has the names that these gave it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster import images
+from tests.cluster import host, images
+from tests.cluster.build import debian
 from tests.cluster.images import Docker
 from tests.commands import BIN, agent_running, environment, replay, until
+from tests.kernel.guests import needs
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="tracing and containers need root"),
@@ -96,3 +99,96 @@ def test_every_container_has_its_own_names(docker: Docker, tmp_path: Path) -> No
     assert found[24310]["container_id"] == found[24311]["container_id"] not in ids
     assert {"app": "web", "text": "\\x1b[31mred\\x0a"} == found[24314]["labels"]
     assert {BUSYBOX} == {row["image"] for row in found.values()}
+
+
+# --- podman -------------------------------------------------------------------------------------------------------
+
+PODMAN_GROUP = "libpod_parent"
+
+_CONTAINERS_CONF = """\
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+netns = "host"
+log_driver = "k8s-file"
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+"""
+
+
+class Podman:
+    """podman with storage of its own, as on a host where nobody has started its service."""
+
+    def __init__(self, folder: Path) -> None:
+        needs("podman", "podman")
+        self.storage = folder / "storage"
+        conf = folder / "containers.conf"
+        conf.write_text(_CONTAINERS_CONF, encoding="utf-8")
+        path = f"{debian() / 'usr/sbin'}:{debian() / 'usr/bin'}:{os.environ['PATH']}"
+        self.environment = {**environment(), "CONTAINERS_CONF": str(conf), "PATH": path}
+        self.command = ["podman", f"--root={self.storage}", f"--runroot={folder / 'run'}", "--storage-driver=vfs"]
+
+    def __call__(self, *words: str) -> str:
+        """What it prints."""
+        done = subprocess.run(
+            [*self.command, *words], capture_output=True, text=True, env=self.environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run(self, name: str, script: str) -> None:
+        """Run a shell in a container to its end."""
+        options = ["--network=host", "--security-opt=seccomp=unconfined"]
+        self("run", "--rm", f"--name={name}", *options, f"docker.io/library/{BUSYBOX}", "sh", "-c", script)
+
+
+@pytest.fixture
+def podman() -> Iterator[Podman]:
+    """podman that has the image busybox; its control groups are removed afterwards."""
+    # It takes no longer path for what it keeps while containers run.
+    with tempfile.TemporaryDirectory(prefix="podman-", ignore_cleanup_errors=True) as folder:
+        made = Podman(Path(folder))
+        made("load", "--quiet", "--input", str(images.busybox()))
+        yield made
+        made("rm", "--all", "--force")
+    for hierarchy in host.hierarchies():
+        for folder, _, _ in os.walk(hierarchy / PODMAN_GROUP, topdown=False):
+            Path(folder).rmdir()
+
+
+def test_podman_without_its_service(podman: Podman, tmp_path: Path) -> None:
+    """Its files are enough: a brief container's bind has the name, and so has the same name's next container."""
+    ports = range(24320, 24330)
+    files = tmp_path / "files"
+    with agent_running("--files", str(files), "--workloads", "podman", "--podman-storage", str(podman.storage)):
+        podman.run("web", listens(24320))
+        podman.run("web", listens(24321))
+        until(lambda: len(events(files, ports)) == 2)
+    found = events(files, ports)
+
+    assert ["web", "web"] == [row["container"] for row in found.values()]
+    assert {f"docker.io/library/{BUSYBOX}:latest"} == {row["image"] for row in found.values()}
+    assert len({row["container_id"] for row in found.values()}) == 2
+
+
+def test_podman_with_its_service(podman: Podman, tmp_path: Path) -> None:
+    """It speaks the Docker Engine API: containers of before and after are known, by their labels too."""
+    ports = range(24330, 24340)
+    files, sock = tmp_path / "files", tmp_path / "podman.sock"
+    image = f"docker.io/library/{BUSYBOX}"
+    podman("create", "--name=early", "--network=host", "--label=app=web", image, "sh", "-c", listens(24330))
+    service = [*podman.command, "system", "service", "--time=0", f"unix://{sock}"]
+    with subprocess.Popen(service, env=podman.environment, stderr=subprocess.DEVNULL) as serving:
+        try:
+            until(sock.exists)
+            with agent_running("--files", str(files), "--workloads", "docker", "--docker-socket", str(sock)):
+                podman("start", "--attach", "early")
+                podman.run("late", listens(24331))
+                until(lambda: len(events(files, ports)) == 2)
+            found = events(files, ports)
+        finally:
+            serving.terminate()
+
+    assert {24330: "early", 24331: "late"} == {port: row["container"] for port, row in found.items()}
+    assert found[24330]["labels"] == {"app": "web"}

@@ -58,25 +58,24 @@ def open_sources(
     podman, as far as their socket or storage is there now. Podman's files are read only where its service has no
     socket. UsageError when one of them cannot be asked at all.
     """
-    sources: list[Source] = []
+    from pipeline.workloads import kubernetes
+
     wanted = set(chosen)
     if "auto" in wanted:
-        from pipeline.workloads import kubernetes
-
         if kubeconfig is not None or kubernetes.in_cluster():
             wanted = {"kubernetes"}
         else:
-            wanted = {"docker", "podman"}
             docker_sockets = [path for path in docker_sockets if path.exists()]
+            served = any("podman" in path.name for path in docker_sockets)
+            wanted = {"docker", "podman"} if podman_storage.is_dir() and not served else {"docker"}
+    sources: list[Source] = []
     if "kubernetes" in wanted:
-        from pipeline.workloads import kubernetes
-
         sources.append(kubernetes.Kubernetes(directory, node, kubeconfig=kubeconfig, say=say))
     if "docker" in wanted:
         from pipeline.workloads import docker
 
         sources += [docker.Docker(directory, path, say=say, name=f"docker {path}") for path in docker_sockets]
-    if "podman" in wanted and podman_storage.is_dir() and not any("podman" in str(path) for path in docker_sockets):
+    if "podman" in wanted:
         from pipeline.workloads import podman
 
         sources.append(podman.Podman(directory, podman_storage, say=say))

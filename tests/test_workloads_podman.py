@@ -1,0 +1,130 @@
+"""Names from podman's own files: read when they change, whatever is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.event import Workload
+from pipeline.workloads import Directory
+from pipeline.workloads.podman import Podman
+from tests import strategies
+from tests.commands import until
+
+A, B = "a" * 64, "b" * 64
+
+
+class Storage:
+    """podman's storage, a source that reads it, and what that said."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.directory = Directory()
+        self.said: list[tuple[str, str]] = []
+        self.turns = 0
+        self.source = Podman(self.directory, folder, say=lambda *line: self.said.append(line), wait=self._wait)
+
+    def _wait(self, _seconds: float) -> bool:
+        self.turns += 1
+        return self.source._ended.wait(0.002) if hasattr(self, "source") else False
+
+    def write(self, content: bytes, name: str = "overlay-containers/containers.json") -> None:
+        """Replace a file whole, as podman does."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_bytes(content)
+        path.with_suffix(".new").replace(path)
+
+    def name(self, container_id: str) -> str | None:
+        found = self.directory.get(container_id)
+        return found and found.container
+
+    def look(self) -> None:
+        """Return when it has looked at what is there now."""
+        seen = self.turns
+        until(lambda: self.turns >= seen + 2)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    """Empty storage, which a source looks at."""
+    made = Storage(tmp_path)
+    yield made
+    made.source.close()
+    assert not made.source._thread.is_alive()
+
+
+def entry(container_id: str, *names: str, image: str = "docker.io/library/nginx:1.27") -> dict[str, Any]:
+    """As podman writes it: its own notes are JSON in a text."""
+    return {"id": container_id, "names": list(names), "metadata": json.dumps({"image-name": image, "name": names[0]})}
+
+
+def test_what_is_there_comes_and_goes(storage: Storage) -> None:
+    """A container is known from when the file names it, with its image, and its name stays for late events."""
+    storage.write(json.dumps([entry(A, "web", "alias")]).encode())
+    until(lambda: storage.name(A) == "web")
+    storage.write(json.dumps([entry(B, "web", image="other")]).encode())
+    until(lambda: storage.name(B) == "web")
+
+    assert Workload("web", "docker.io/library/nginx:1.27") == storage.directory.get(A)
+    assert Workload("web", "other") == storage.directory.get(B)
+    assert storage.said == []
+
+
+def test_files_of_every_driver_and_of_brief_containers(storage: Storage) -> None:
+    """Newer podman keeps containers that do not outlive a boot in a file of their own."""
+    storage.write(json.dumps([entry(A, "one")]).encode(), "vfs-containers/containers.json")
+    storage.write(json.dumps([entry(B, "two")]).encode(), "vfs-containers/volatile-containers.json")
+
+    until(lambda: (storage.name(A), storage.name(B)) == ("one", "two"))
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"7", b"\xff", b"[" * 100_000], ids=repr)
+def test_a_file_that_is_none(storage: Storage, content: bytes) -> None:
+    """It is said once; what was known stays; and when the file is right again that is said too."""
+    storage.write(json.dumps([entry(A, "web")]).encode())
+    until(lambda: storage.name(A) == "web")
+    storage.write(content)
+    until(lambda: len(storage.said) == 1)
+    storage.look()
+    storage.write(json.dumps([entry(A, "web"), entry(B, "db")]).encode())
+    until(lambda: storage.name(B) == "db")
+    until(lambda: len(storage.said) == 2)
+
+    assert ["warn", "info"] == [level for level, _ in storage.said]
+    assert str(storage.folder) in storage.said[0][1]
+
+
+@pytest.mark.parametrize(
+    "odd", [None, 7, {}, {"id": B}, {"id": 7, "names": ["x"]}, {"id": B, "names": []}, {"id": B, "names": "x"}]
+)
+def test_an_entry_that_is_none(storage: Storage, odd: object) -> None:
+    """It is passed over, and the others count."""
+    storage.write(json.dumps([odd, entry(A, "web")]).encode())
+    until(lambda: storage.name(A) == "web")
+
+    assert (storage.name(B), storage.said) == (None, [])
+
+
+@pytest.mark.parametrize("notes", ["", "{", "[]", "null", '{"image-name": null}', 7])
+def test_notes_that_are_none(storage: Storage, notes: object) -> None:
+    """A container without a readable image has its name all the same."""
+    storage.write(json.dumps([{"id": A, "names": ["web"], "metadata": notes}]).encode())
+    until(lambda: storage.name(A) == "web")
+
+    assert Workload("web") == storage.directory.get(A)
+
+
+@pytest.mark.parametrize("text", [text for text in strategies.HARM if text])
+def test_names_that_mean_harm(storage: Storage, text: str) -> None:
+    """Whatever a container's owner chose is printable text behind the edge."""
+    storage.write(json.dumps([entry(A, text, image=text)]).encode())
+    until(lambda: storage.directory.get(A) is not None)
+    found = storage.directory.get(A)
+
+    assert found
+    assert (found.container + (found.image or "")).isprintable()
