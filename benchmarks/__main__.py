@@ -25,12 +25,11 @@ from tests.broker import ServerFailed, kafka
 
 
 class Row(NamedTuple):
-    """What stands in the table before anything is measured; ``why`` is the reason, where a figure is not reached."""
+    """What stands in the table before anything is measured."""
 
     work: str
     beside: str
     goal: str
-    why: str = ""
 
 
 ROWS: dict[str, Row] = {
@@ -132,7 +131,7 @@ def measured(names: Sequence[str], size: Size, rounds: int) -> Iterator[tuple[st
 
 
 def table(results: dict[str, Result], size: Size, rounds: int) -> str:
-    """Markdown: what was measured on, the rows in their order, and below them what is not reached, and why."""
+    """Markdown: what was measured on, the rows in their order, and notes below them."""
     lines = [
         f"Measured by `make bench` on {_machine()}, everything in one run; median of {rounds} rounds, in parentheses "
         "the lowest and the highest.",
@@ -151,8 +150,6 @@ def table(results: dict[str, Result], size: Size, rounds: int) -> str:
         lines.append(f"| {work} | {result.ours} | {beside} | {result.judged} | {row.goal} | {mark} |")
         if result.note:
             below.append(f"* `{name}`: {result.note}.")
-        if result.reached is False and row.why:
-            below.append(f"* `{name}` is missed: {row.why}")
     loops = f"The loops read the first {size.prefix:,} events; their start counts once, the rest by the event."
     return "\n".join([*lines, "", *below, "", loops])
 

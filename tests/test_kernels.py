@@ -61,3 +61,28 @@ def test_a_kernel_that_breaks_shows_its_console() -> None:
         guests.GuestFailed, match=r"(?s)ended before its job did; its job said:\nhere\n.*sysrq triggered"
     ):
         guests.run(["sh", "-c", "echo here; echo c >/proc/sysrq-trigger"], kernel="5.10")
+
+
+def test_rows_of_a_partial_run_take_the_place_of_their_own() -> None:
+    """Same series, architecture and tier, whatever the release is now; remarks too; everything else stays."""
+    before = "\n".join(
+        (
+            "| kernel | architecture | tier | cases passed |",
+            "| --- | --- | --- | --- |",
+            "| 5.10.0-32-cloud | x86_64 | fexit | 1 of 1 |",
+            "| 6.1.0-50-cloud | x86_64 | fexit | 2 of 2 |",
+            "| 6.1.0-50-cloud | x86_64 | kprobe | 3 of 3 |",
+            "",
+            "* 5.10.0-32-cloud, x86_64: nothing (1)",
+            "* 6.1.0-50-cloud, x86_64: something: with a colon (1)",
+        )
+    )
+    found = "| 6.1.0-51-cloud | x86_64 | fexit | 4 of 4 |\n\n* 6.1.0-51-cloud, x86_64: other (2)"
+
+    expected = before.replace("6.1.0-50-cloud | x86_64 | fexit | 2 of 2", "6.1.0-51-cloud | x86_64 | fexit | 4 of 4")
+    expected = expected.replace(
+        "6.1.0-50-cloud, x86_64: something: with a colon (1)", "6.1.0-51-cloud, x86_64: other (2)"
+    )
+    assert expected == matrix.merged(before, found)
+    with pytest.raises(guests.GuestFailed, match=r"no row of 6\.1, aarch64, bcc"):
+        matrix.merged(before, "| 6.1.0-51-cloud | aarch64 | bcc | 4 of 4 |")

@@ -203,3 +203,19 @@ def table(found: Sequence[Report]) -> str:
             texts = [f"{reason} ({count})" for reason, count in sorted(skips.items())]
             lines.append(f"* {release}, {arch}: {'; '.join(texts)}")
     return "\n".join(lines)
+
+
+def merged(before: str, found: str) -> str:
+    """A table with the rows and remarks of a run that was not of everything in place of its own of the same series."""
+    fresh = {key: line for line in found.splitlines() if (key := _key(line))}
+    there = {_key(line) for line in before.splitlines()}
+    lacking = [", ".join(key) for key in fresh if key not in there and len(key) == 3]
+    if lacking:
+        raise guests.GuestFailed(f"the table has no row of {lacking[0]}; write a whole one by `make test-kernels`")
+    return "\n".join(fresh.get(_key(line), line) for line in before.splitlines())
+
+
+def _key(line: str) -> tuple[str, ...]:
+    """Series, architecture and tier of a row; series and architecture of a remark; nothing of another line."""
+    match = re.match(r"(?:\| |\* )(\d+\.\d+)\.[^ ,|]*(?: \||,) (\w+)(?: \| (\w+) \||:)", line)
+    return tuple(part for part in match.groups() if part) if match else ()
