@@ -210,8 +210,6 @@ class Unnamed:
             self._ids[container_id] = None
             if len(self._ids) > self._MOST:
                 del self._ids[next(iter(self._ids))]
-            # It may have got its name since it was asked for.
-            self._seen = -1
 
     def named(self) -> list[tuple[str, event.Workload]]:
         """Those that have one since the last call, each once."""

@@ -6,9 +6,11 @@ error. Nothing is kept: what is to be asked about later, ``bindsnoop-agent`` rec
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(settings: config.LiveConfig) -> int:
+    # While the kernel checks the programs another thread imports what the first event needs: a third of the start.
+    threading.Thread(target=importlib.import_module, args=("pipeline.records",)).start()
     from pipeline.tracer import Wanted, open_tracer
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -115,21 +115,6 @@ def test_a_name_that_comes_too_late_is_told(engine: Engine, tmp_path: Path) -> N
     assert [(first, "web"), (None, "web"), (second, "web")] == containers(files, "--resolve")
 
 
-def test_nobody_waits_twice_for_a_container_without_a_name(engine: Engine, tmp_path: Path) -> None:
-    """After the first one's time what such a container binds goes on at once."""
-    files = tmp_path / "files"
-    with agent(engine, files, "--name-delay", "2s"):
-        bind(A)
-        until(lambda: len(events(files)) == 1)
-        began = time.monotonic()
-        bind(A)
-        until(lambda: len(events(files)) == 2)
-        took = time.monotonic() - began
-
-    # Starting replay is most of it.
-    assert took < 1.9
-
-
 def test_a_ring_that_fills_does_not_wait(engine: Engine, tmp_path: Path) -> None:
     """Half a ring of binds without names goes on long before its time, and nothing is lost."""
     files = tmp_path / "files"

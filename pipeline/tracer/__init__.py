@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 RING_BYTES = 16 << 20
-"""Default size of the ring: about 39,000 binds."""
+"""Default size of the ring: about 39,000 binds. The smallest that lost nothing at 200,000 binds/s (docs/tracing.md)."""
 
 MAX_RECORDS = 16384
 """Default limit of a burst, so that a batch stays bounded however long the reader was away."""
