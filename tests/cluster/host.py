@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -101,10 +101,13 @@ def succeeds(command: Sequence[str | Path]) -> bool:
 
 
 @contextlib.contextmanager
-def processes(folder: Path, group: str, mounts: Sequence[str]) -> Iterator[Start]:
+def processes(
+    folder: Path, group: str, mounts: Sequence[str], sysctls: Mapping[str, str] | None = None
+) -> Iterator[Start]:
     """A function that starts commands in namespaces of processes and mounts, all in control groups below ``group``.
 
-    ``mounts`` are folders that are empty there and in memory; ``folder`` is where they start. ClusterFailed.
+    ``mounts`` are folders that are empty there and in memory; ``folder`` is where they start, and where files may lie;
+    ``sysctls`` are values that they find set, by their path below /proc/sys. ClusterFailed.
     """
     with _places(mounts), _cgroups(group) as groups:
         log = folder / "namespaces.log"
@@ -125,7 +128,14 @@ def processes(folder: Path, group: str, mounts: Sequence[str]) -> Iterator[Start
             asked.flush()
 
         try:
-            tell({"mounts": list(mounts), "groups": [str(one) for one in groups]})
+            tell(
+                {
+                    "folder": str(folder),
+                    "mounts": list(mounts),
+                    "groups": [str(one) for one in groups],
+                    "sysctls": dict(sysctls or {}),
+                }
+            )
             if first.stdout.readline() != b"ready\n":
                 raise ClusterFailed(f"namespaces cannot be made: {log.read_text(errors='replace')}")
             yield lambda command, output: tell({"command": command, "log": str(output)})

@@ -1,7 +1,9 @@
 """The first process of new namespaces: what to start comes in as lines of JSON, ``ready`` comes out.
 
-Run by ``unshare --mount --pid --fork --mount-proc``. The first line is ``{"mounts": [...], "groups": [...]}``: folders
-that get an empty tmpfs, so that what programs write at fixed places is theirs alone, and control groups to live in.
+Run by ``unshare --mount --pid --fork --mount-proc``. The first line is ``{"folder": PATH, "mounts": [...],
+"groups": [...], "sysctls": {...}}``: folders that get an empty tmpfs, so that what programs write at fixed places is
+theirs alone, control groups to live in, and what programs shall read of /proc/sys and may write without any effect.
+
 After ``ready`` on standard output each line is ``{"command": [...], "log": PATH}``. When standard input ends, programs
 are asked to end; then this process does, and the kernel ends with it what is left: also when whoever started it was
 killed.
@@ -36,10 +38,13 @@ def main() -> None:
             members.write("0")
     for folder in wanted["mounts"]:
         _mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", folder)
-    # A kubelet sets the machine's sysctls as it likes them, and takes a refusal for the rule of a user namespace.
     for folder in ("/proc/sys/kernel", "/proc/sys/vm"):
         _mount("--bind", folder, folder)
         _mount("-o", "remount,bind,ro", folder)
+    for number, (name, value) in enumerate(wanted["sysctls"].items()):
+        file = Path(wanted["folder"], f"sysctl-{number}")
+        file.write_text(f"{value}\n")
+        _mount("--bind", str(file), f"/proc/sys/{name}")
     if not Path("/sys/kernel/tracing/events").exists():
         _mount("-t", "tracefs", "tracefs", "/sys/kernel/tracing")
     signal.signal(signal.SIGCHLD, _reap)

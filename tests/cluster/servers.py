@@ -52,6 +52,16 @@ OWN_FOLDERS = (
     "/var/log/pods",
 )
 
+# What a kubelet wants of the machine, and sets where it is otherwise.
+_SYSCTLS = {
+    "kernel/keys/root_maxbytes": "25000000",
+    "kernel/keys/root_maxkeys": "1000000",
+    "kernel/panic": "10",
+    "kernel/panic_on_oops": "1",
+    "vm/overcommit_memory": "1",
+    "vm/panic_on_oom": "0",
+}
+
 
 # --- etcd and the API server --------------------------------------------------------------------------------------
 
@@ -320,6 +330,8 @@ def _controllers(api: ApiServer) -> Iterator[None]:
             f"--cert-dir={api.folder / 'controllers'}",
             f"--root-ca-file={api.folder / 'apiserver/apiserver.crt'}",
             f"--service-account-private-key-file={api.folder / 'accounts.key'}",
+            # Each controller has the rights that Kubernetes gives it, and no more.
+            "--use-service-account-credentials=true",
         ],
     }
     with contextlib.ExitStack() as stack:
@@ -338,7 +350,7 @@ def _node(api: ApiServer) -> Iterator[Cluster]:
     node.manifests.mkdir()
     _write_containerd(node)
     _write_kubelet(node)
-    with host.processes(folder, CGROUP, OWN_FOLDERS) as start:
+    with host.processes(folder, CGROUP, OWN_FOLDERS, _SYSCTLS) as start:
         path = ":".join(str(api.programs.deb(name)) for name in ("usr/bin", "usr/sbin"))
         environment = ["env", f"PATH={path}:{os.environ['PATH']}"]
         containerd = [str(api.programs.deb("usr/bin/containerd")), "--config", str(folder / "containerd.toml")]
@@ -446,9 +458,9 @@ def _write_kubelet(node: Cluster) -> None:
         "failSwapOn": False,
         "makeIPTablesUtilChains": False,
         "fileCheckFrequency": "1s",
-        # Tests wait for what changes, and the disk of a machine that runs tests may be rather full.
         "syncFrequency": "5s",
-        "evictionHard": {"nodefs.available": "1%", "imagefs.available": "1%", "memory.available": "50Mi"},
+        # The disk of a machine that runs tests may be rather full.
+        "evictionHard": {},
         "imageGCHighThresholdPercent": 100,
         "registerNode": True,
         "resolvConf": "",
