@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +34,16 @@ Start = Callable[[list[str], Path], None]
 
 @dataclass
 class Process:
-    """A server that can be stopped and started again on the same ports and data. ``log`` holds all that it said."""
+    """A server that can be stopped and started again on the same ports and data. ``log`` holds all that it said.
+
+    It is killed when it has not ended ``patience_secs`` after it was asked to.
+    """
 
     name: str
     command: list[str]
     log: Path
     ready: Callable[[], bool]
+    patience_secs: float = 20.0
     running: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -60,13 +65,13 @@ class Process:
             )
 
     def stop(self) -> None:
-        """Stop in order and wait for the end; data stay."""
+        """Stop and wait for the end; data stay."""
         process, self.running = self.running, None
         if process is None:
             return
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(self.patience_secs)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -148,6 +153,15 @@ def processes(
                 first.send_signal(signal.SIGKILL)
                 first.wait()
             first.stdout.close()
+
+
+@contextlib.contextmanager
+def temporary(prefix: str) -> Iterator[Path]:
+    """A folder for who is the only one to use this prefix; what an earlier one left is removed first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextlib.contextmanager

@@ -167,9 +167,9 @@ def dockerd() -> Iterator[Docker]:
     It has no network but the host's, and one process at a time has it.
     """
     programs, data = docker(), cache() / "docker"
-    with (cache() / ".docker.lock").open("w") as lock, tempfile.TemporaryDirectory(prefix="bindsnoop-docker-") as place:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        folder = Path(place)
+    with contextlib.ExitStack() as stack:
+        fcntl.flock(stack.enter_context((cache() / ".docker.lock").open("w")), fcntl.LOCK_EX)
+        folder = stack.enter_context(host.temporary("bindsnoop-docker-"))
         path = ":".join(str(root / name) for root in (programs, debian()) for name in ("usr/sbin", "usr/bin"))
         environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"}
         group = "bindsnoop-docker"
@@ -182,13 +182,13 @@ def dockerd() -> Iterator[Docker]:
         (folder / "config.json").write_text(
             json.dumps({"cliPluginsExtraDirs": [str(programs / "usr/libexec/docker/cli-plugins")]}), encoding="utf-8"
         )
-        command = [str(programs / "usr/bin/docker"), "--config", place, "--host", f"unix://{folder / 'socket'}"]
+        command = [str(programs / "usr/bin/docker"), "--config", str(folder), "--host", f"unix://{folder / 'socket'}"]
 
         own = ["/etc/docker", "/run/containerd", "/run/docker"]
-        with host.processes(folder, group, own) as start:
-            start(["env", f"PATH={environment['PATH']}", *daemon], folder / "dockerd.log")
-            host.until(lambda: host.succeeds([*command, "version"]), "dockerd", folder / "dockerd.log")
-            yield Docker(folder / "socket", command, environment)
+        start = stack.enter_context(host.processes(folder, group, own))
+        start(["env", f"PATH={environment['PATH']}", *daemon], folder / "dockerd.log")
+        host.until(lambda: host.succeeds([*command, "version"]), "dockerd", folder / "dockerd.log")
+        yield Docker(folder / "socket", command, environment)
 
 
 def base() -> Path:

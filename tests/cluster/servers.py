@@ -133,7 +133,7 @@ class ApiServer:
     tokens: dict[str, str] = field(repr=False)
 
     def stop(self) -> None:
-        """Stop in order; everything that it knows stays in etcd."""
+        """Stop; everything that it knows stays in etcd."""
         self.process.stop()
 
     def start(self) -> None:
@@ -235,15 +235,16 @@ def api_server(folder: Path | None = None, *, service_accounts: bool = False) ->
             "--kubelet-preferred-address-types=InternalIP",
             f"--kubelet-client-certificate={place / 'kubelet-client.crt'}",
             f"--kubelet-client-key={place / 'kubelet-client.key'}",
-            # Half of what a start takes is waiting for requests that nobody sends.
-            "--shutdown-delay-duration=0s",
         ]
         if not service_accounts:
             command.append("--disable-admission-plugins=ServiceAccount")
         log = place / "kube-apiserver.log"
-        ready = Process("kube-apiserver", command, log, lambda: _answers(f"{url}/readyz", tokens["admin"]))
-        with serving(ready):
-            server = ApiServer(url, port, place / "admin.kubeconfig", place, store, ready, found, tokens)
+        # It would wait a minute for a watch that somebody has open.
+        process = Process(
+            "kube-apiserver", command, log, lambda: _answers(f"{url}/readyz", tokens["admin"]), patience_secs=2.0
+        )  # fmt: skip
+        with serving(process):
+            server = ApiServer(url, port, place / "admin.kubeconfig", place, store, process, found, tokens)
             server.config_for("admin", tokens["admin"])
             yield server
 
@@ -253,7 +254,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
     if given:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="bindsnoop-cluster-", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(prefix="bindsnoop-api-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
 
 
@@ -304,7 +305,7 @@ def cluster() -> Iterator[Cluster]:
     with (cache() / ".running.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with (
-            _folder(None) as place,
+            host.temporary("bindsnoop-cluster-") as place,
             _bridge(),
             api_server(place, service_accounts=True) as api,
             _controllers(api),

@@ -7,11 +7,14 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from tests import commands
 from tests.broker import free_ports
@@ -106,14 +109,21 @@ def events_of(agent: Deployed, ports: list[int], *arguments: object) -> list[Eve
     return found
 
 
-def plain(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+Port = Callable[[], int]
+"""Gives a number that no other container binds."""
+
+Case = Callable[[Cluster, Port], Iterator[list[Bound]]]
+"""Runs pods, says who has bound, and removes the pods."""
+
+
+def plain(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A pod with one container."""
     labels = {"app": "web", "example.org/team": "blue"}
     with applied(cluster, pods.pod("plain", pods.container("web", pods.listens(first := port())), labels=labels)):
         yield [bound(cluster, "plain", "web", first, labels=labels)]
 
 
-def two_containers(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def two_containers(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """Two containers share the pod's network and nothing else."""
     left, right = port(), port()
     both = (pods.container("left", pods.listens(left)), pods.container("right", pods.listens(right)))
@@ -121,7 +131,7 @@ def two_containers(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[B
         yield [bound(cluster, "two", "left", left), bound(cluster, "two", "right", right)]
 
 
-def init_and_sidecar(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def init_and_sidecar(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """One container that ends before the others begin, one that stays beside them, and one of those."""
     prepares, serves, works = port(), port(), port()
     sidecar = {**pods.container("mesh", pods.listens(serves)), "restartPolicy": "Always"}
@@ -134,7 +144,7 @@ def init_and_sidecar(cluster: Cluster, port: Callable[[], int]) -> Iterator[list
         ]
 
 
-def host_network(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def host_network(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A pod in the host's network is still a pod."""
     port()
     (free,) = free_ports(1)
@@ -142,7 +152,7 @@ def host_network(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bou
         yield [bound(cluster, "hosted", "proxy", free)]
 
 
-def static_pod(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def static_pod(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A pod that the kubelet has from a file: its control group is named by a hash that is not its uid."""
     place = cluster.manifests / "fixed.json"
     temporary = place.with_name(".fixed")
@@ -156,13 +166,13 @@ def static_pod(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound
         place.unlink()
 
 
-def brief(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def brief(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A container that binds and ends at once."""
     with applied(cluster, pods.pod("brief", pods.container("once", pods.passes(first := port())))):
         yield [bound(cluster, "brief", "once", first, brief=True)]
 
 
-def other_namespace(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def other_namespace(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """The same names in another namespace."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}}
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "own", "namespace": "shop"}}
@@ -171,7 +181,7 @@ def other_namespace(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[
         yield [bound(cluster, "plain", "web", first, namespace="shop")]
 
 
-def created_again(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def created_again(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A pod that is deleted, and another one under its name: each event has the labels of its own."""
     found = []
     for life in ("first", "second"):
@@ -183,7 +193,7 @@ def created_again(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bo
     yield found
 
 
-def restarted(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def restarted(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A container that fails and is started again has another id under its name."""
     before, after = port(), port()
     line = f"if mkdir /kept/once; then nc -p {before} 127.0.0.1 1; exit 1; fi; {pods.listens(after)}"
@@ -204,7 +214,7 @@ def restarted(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]
         ]
 
 
-def ephemeral(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]]:
+def ephemeral(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A container that somebody adds to a running pod to look into it."""
     with applied(cluster, pods.pod("watched", pods.container("app", "exec sleep inf"))):
         cluster.ready("watched")
@@ -214,49 +224,59 @@ def ephemeral(cluster: Cluster, port: Callable[[], int]) -> Iterator[list[Bound]
         yield [bound(cluster, "watched", "look", first)]
 
 
-CASES = [
+CASES: list[Case] = [
     plain, two_containers, init_and_sidecar, host_network, static_pod, brief, other_namespace, created_again, restarted,
     ephemeral,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_a_bind_in_a_pod_has_the_names_of_the_pod(
-    cluster: Cluster, agent: Deployed, case: Callable[[Cluster, Callable[[], int]], Iterator[list[Bound]]]
-) -> None:
+@dataclass(frozen=True)
+class Seen:
+    """What came of every case, by its name: who has bound, or why the case broke; and all events, by port."""
+
+    bound: dict[str, list[Bound] | BaseException]
+    resolved: dict[int, Event]
+    at_once: dict[int, Event]
+
+
+@pytest.fixture(scope="module")
+def seen(cluster: Cluster, agent: Deployed) -> Seen:
+    """All cases side by side, and the topic read with ``--resolve`` and without, when their pods have gone."""
+
+    def happened(case: Case) -> list[Bound]:
+        with contextmanager(case)(cluster, lambda: next(_numbers)) as bound:
+            return bound
+
+    with ThreadPoolExecutor(len(CASES)) as threads:
+        futures = {case.__name__: threads.submit(happened, case) for case in CASES}
+    bound = {name: future.exception() or future.result() for name, future in futures.items()}
+    ports = [one.port for found in bound.values() if isinstance(found, list) for one in found]
+    resolved, at_once = (
+        {event["port"]: event for event in events_of(agent, ports, *options)} for options in (["--resolve"], [])
+    )
+    return Seen(bound, resolved, at_once)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_a_bind_in_a_pod_has_the_names_of_the_pod(seen: Seen, case: str) -> None:
     """Node, namespace, pod, container, image and labels, joined by the id; without ``--resolve`` too, unless the
     container had gone before the API server knew it.
     """
-    stack = contextmanager(case)(cluster, lambda: next(_numbers))
-    with stack as wanted:
-        ports = [one.port for one in wanted]
-        resolved = events_of(agent, ports, "--resolve")
-        at_once = events_of(agent, ports)
+    bound = seen.bound[case]
+    if isinstance(bound, BaseException):
+        raise bound
 
-    def names(events: list[Event], *, brief: bool) -> dict[int, tuple[Any, ...]]:
-        return {
-            event["port"]: (
-                event["node"], event["namespace"], event["pod"], event["container"], event["container_id"],
-                event["image"], event["labels"],
-            )
-            for event in events
-            if brief or event["port"] not in {one.port for one in wanted if one.brief}
-        }  # fmt: skip
+    def names(event: Event) -> tuple[Any, ...]:
+        fields = ("node", "namespace", "pod", "container", "container_id", "image", "labels")
+        return tuple(event.get(field) for field in fields)
 
     expected = {
         one.port: (NODE, one.namespace, one.pod, one.container, one.container_id, images.BUSYBOX, one.labels)
-        for one in wanted
+        for one in bound
     }
-    assert expected == names(resolved, brief=True)
-    assert {one.port: expected[one.port] for one in wanted if not one.brief} == names(at_once, brief=False)
-
-
-def test_every_bind_in_a_container_has_its_id(cluster: Cluster, agent: Deployed) -> None:
-    """The id is the kernel's own word: it is there whether or not anybody knows a name for it."""
-    with contextmanager(two_containers)(cluster, lambda: next(_numbers)) as wanted:
-        events = events_of(agent, [one.port for one in wanted])
-
-    assert {one.port: one.container_id for one in wanted} == {event["port"]: event["container_id"] for event in events}
+    lasting = [one.port for one in bound if not one.brief]
+    assert expected == {port: names(seen.resolved[port]) for port in expected}
+    assert {port: expected[port] for port in lasting} == {port: names(seen.at_once[port]) for port in lasting}
 
 
 HEADER_001 = (
@@ -310,6 +330,42 @@ def test_the_documented_session_shows_the_documented_rows(cluster: Cluster, agen
     assert expected == {layout: output.read_text().splitlines() for layout, output in outputs.items()}
 
 
+# --- what the manifests say ---------------------------------------------------------------------------------------
+
+
+def test_the_manifests_are_as_closed_as_they_say(cluster: Cluster) -> None:
+    """As they are published: no namespace of the host, nothing privileged, nothing writable but memory."""
+    objects = list(yaml.safe_load_all(cluster.api.kubectl("kustomize", str(deployed.MANIFESTS))))
+    (pod,) = (one["spec"]["template"]["spec"] for one in objects if one["kind"] == "DaemonSet")
+    (container,) = pod["containers"]
+
+    assert set() == {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert "bindsnoop-agent:local" == container["image"]
+    assert {
+        "runAsUser": 0,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"], "add": ["BPF", "PERFMON", "NET_ADMIN"]},
+    } == container["securityContext"]
+    assert {"type": "RuntimeDefault"} == pod["securityContext"]["seccompProfile"]
+    writable = [mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert ["Memory"] == [volumes[name]["emptyDir"]["medium"] for name in writable]
+
+
+def test_the_api_server_takes_the_manifests_as_they_are(cluster: Cluster) -> None:
+    """No field is unknown, none has the wrong type."""
+    text = cluster.api.kubectl("kustomize", str(deployed.MANIFESTS))
+    # Asked without effect, the namespace is not there for what lies in it.
+    cluster.api.kubectl("create", "namespace", "dry")
+    text = text.replace("namespace: bindsnoop\n", "namespace: dry\n")
+
+    said = cluster.api.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", given=text)
+    cluster.api.kubectl("delete", "namespace", "dry", "--wait=false")
+
+    assert 5 == len([line for line in said.splitlines() if line.endswith("(server dry run)")])
+
+
 # --- what the agent may do ----------------------------------------------------------------------------------------
 
 
@@ -320,7 +376,7 @@ def test_the_agent_may_list_and_watch_pods_and_nothing_else(cluster: Cluster, ag
     del agent
 
     def rights(account: str) -> set[str]:
-        said = cluster.api.kubectl("auth", "can-i", "--list", f"--as=system:serviceaccount:{account}", "-A")
+        said = cluster.api.kubectl("auth", "can-i", "--list", f"--as=system:serviceaccount:{account}")
         return {" ".join(line.split()) for line in said.splitlines()[1:]}
 
     assert {"pods [] [] [list watch]"} == rights(f"{deployed.NAMESPACE}:bindsnoop-agent") - rights("default:default")

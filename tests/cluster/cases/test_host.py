@@ -92,17 +92,15 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next() -> None:
         config = Path(killed.stdout.readline().strip())
         members = [Path(root, servers.CGROUP, "programs/cgroup.procs") for root in host.hierarchies()]
         alive = [group.read_text().split() for group in members]
-        children = said("ps", "-o", "pid=", "--ppid", str(killed.pid))
+        children = said("ps", "-o", "pid=,comm=", "--ppid", str(killed.pid))
         killed.kill()
         killed.wait()
     try:
         commands.until(lambda: not any(group.read_text().split() for group in members), 30)
     finally:
-        for pid in map(int, children):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        # The command itself is nobody's to end but its user's.
+        (command,) = (int(pid) for pid, name in map(str.split, children) if name == "sleep")
+        os.kill(command, signal.SIGKILL)
 
     with run("true") as after:
         after.communicate(timeout=100)
