@@ -35,17 +35,18 @@ def digest(*recipe: str | bytes) -> str:
 
 
 @contextlib.contextmanager
-def made(name: str) -> Iterator[Path | None]:
+def made(name: str, lock: str | None = None) -> Iterator[Path | None]:
     """A folder to fill, which becomes ``name`` in the cache when the block ends well; None when that exists.
 
     What is half made is never taken for whole, and two processes may ask for the same: one makes it, the other waits.
+    Who makes others of the kind ``lock`` waits too.
     """
     place = cache() / name
     if place.exists():
         yield None
         return
-    with (place.parent / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (place.parent / f".{lock or name}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         if place.exists():
             yield None
             return

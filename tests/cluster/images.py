@@ -112,9 +112,9 @@ def agent() -> Path:
     context = _context()
     recipe = [part for path in context for part in (str(path.relative_to(ROOT)), path.read_bytes())]
     name = f"image-agent-{digest(DOCKERFILE.read_bytes(), *recipe)}"
-    with made(name) as folder:
+    with made(name, lock="image-agent") as folder:
         if folder:
-            say(f"building the image of the agent into {cache() / name} (400 MB)")
+            say(f"building the image of the agent into {cache() / name} (600 MB)")
             # One of an earlier checkout is of no use, and as large.
             for old in cache().glob("image-agent-*"):
                 shutil.rmtree(old)
