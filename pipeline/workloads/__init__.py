@@ -128,6 +128,7 @@ class Directory:
         Where two sources know it, the one that knows its pod is right: the other sees the same container from below.
         """
         with self._lock:
+            self._forget()
             found = [known[container_id] for known in self._alive.values() if container_id in known]
             if container_id in self._gone:
                 found.append(self._gone[container_id][0])
@@ -136,6 +137,7 @@ class Directory:
     def __len__(self) -> int:
         """How many ids are known, those that have gone too."""
         with self._lock:
+            self._forget()
             return len(self._gone.keys() | {known for source in self._alive.values() for known in source})
 
     def _put(self, source: str, container_id: str, workload: Workload) -> None:
@@ -146,11 +148,12 @@ class Directory:
 
     def _remove(self, source: str, container_id: str) -> None:
         workload = self._alive.get(source, {}).pop(container_id, None)
+        if workload is None:
+            return
         before = self._gone.pop(container_id, (None, 0.0))[0]
-        if workload is None or (before is not None and before.pod is not None and workload.pod is None):
+        if before is not None and before.pod is not None and workload.pod is None:
             workload = before
-        if workload is not None:
-            self._gone[container_id] = (workload, self._monotonic())
+        self._gone[container_id] = (workload, self._monotonic())
 
     def _forget(self) -> None:
         oldest = self._monotonic() - self._gone_secs

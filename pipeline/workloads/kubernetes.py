@@ -253,7 +253,7 @@ class Kubernetes:
             )
 
     def _page(self, client: Any, query: list[tuple[str, str]]) -> Any:
-        answer = self._ask(client, query, _LIST_SECS)
+        answer = self._ask(client, query, min(_LIST_SECS, self._silent_secs))
         raw = bytearray()
         end = time.monotonic() + _LIST_SECS
         try:
@@ -280,8 +280,8 @@ class Kubernetes:
             ("resourceVersion", self._version or ""),
             ("timeoutSeconds", str(asked_secs)),
         ]
-        answer = self._ask(client, query, self._silent_secs)
         began = self._monotonic()
+        answer = self._ask(client, query, self._silent_secs)
         malformed = 0
         try:
             self._is_back()
@@ -407,6 +407,9 @@ class Kubernetes:
         def connected(connection: Any) -> socket.socket:
             line: socket.socket = below._new_conn(connection)
             self._keep(line)
+            if self._stop.is_set():
+                line.close()
+                raise ConnectionAbortedError
             return line
 
         connections = type(below.__name__, (below,), {"_new_conn": connected})
@@ -418,8 +421,6 @@ class Kubernetes:
             if self._line is not None:
                 self._line.close()
             self._line = line.dup()
-        if self._stop.is_set():
-            self._hang_up()
 
     def _hang_up(self) -> None:
         """End the connection under whoever reads from it."""
