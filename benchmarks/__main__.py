@@ -44,6 +44,7 @@ ROWS: dict[str, Row] = {
     "burst": Row("agent at 200,000 binds/s from two threads", "", "nothing lost, or declared"),
     "ring": Row("sizes of the ring at 200,000 binds/s", "", ""),
     "naming": Row("names of 500 pods put to an event: CPU", "one event after the other", "≤ 1 µs"),
+    "churn": Row("5,000 pods in a minute, each binds once: agent with Kubernetes", "", "none wrong, ≤ 130 MiB, flat"),
     "bind-fails": Row("added to a `bind()` that fails", "bpftrace, same fields", "less, ≤ 1 µs"),
     "bind-works": Row("added to `socket`, `bind`, `close`", "bpftrace, same fields", "less"),
     **{
@@ -64,7 +65,7 @@ ROWS: dict[str, Row] = {
 _NEEDS_EVENTS = (*replaying.COMPARED, "first-line")
 _NEEDS_KAFKA = (*_NEEDS_EVENTS, "agent", "highest", "burst", "ring", "memory")
 _IN_GUESTS = tuple(f"tier-{tier}" for tier in tiers.TIERS)
-_NEEDS_ROOT = ("agent", "highest", "burst", "ring", "memory", "first-event", *tracing.MODES)
+_NEEDS_ROOT = ("churn", "agent", "highest", "burst", "ring", "memory", "first-event", *tracing.MODES)
 _NEEDS_LOAD = (*_NEEDS_ROOT, *_IN_GUESTS)
 
 
@@ -78,10 +79,16 @@ class Size(NamedTuple):
     cost_secs: float
     memory_secs: float
     guest_rounds: int
+    churn_secs: float
 
 
-FULL = Size(binds=2_000_000, prefix=100_000, agent_secs=30, step_secs=10, cost_secs=2, memory_secs=600, guest_rounds=3)
-QUICK = Size(binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30, guest_rounds=1)
+FULL = Size(
+    binds=2_000_000, prefix=100_000, agent_secs=30, step_secs=10, cost_secs=2, memory_secs=600, guest_rounds=3,
+    churn_secs=60,
+)  # fmt: skip
+QUICK = Size(
+    binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30, guest_rounds=1, churn_secs=12
+)
 
 
 README = ROOT / "README.md"
@@ -110,6 +117,8 @@ def measured(names: Sequence[str], size: Size, rounds: int) -> Iterator[tuple[st
             yield "help", replaying.help_(rounds)
         if "naming" in names:
             yield "naming", naming.naming(rounds, say)
+        if "churn" in names:
+            yield "churn", naming.churn(size.churn_secs, say)
         if "first-event" in names:
             yield "first-event", tracing.first_event(rounds)
         modes = [name for name in names if name in tracing.MODES]
