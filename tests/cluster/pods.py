@@ -41,9 +41,9 @@ def pod(
 
 def listens(port: int) -> str:
     """A line of shell that binds a port once, keeps it, and stays."""
-    return f"exec nc -l -p {port} -s 0.0.0.0 >/dev/null </dev/null"
+    return f"exec nc -l -p {port} </dev/null"
 
 
 def passes(port: int) -> str:
-    """A line of shell that binds a port and ends at once: nobody listens where it wants to go from there."""
-    return f"nc -p {port} 127.0.0.1 1; true"
+    """A line of shell that binds a port, takes one connection at once, and ends: some 10 ms after it began."""
+    return f"nc -l -p {port} </dev/null & until nc 127.0.0.1 {port} </dev/null 2>/dev/null; do :; done; wait"

@@ -18,7 +18,6 @@ import json
 import os
 import secrets
 import ssl
-import subprocess
 import tempfile
 import urllib.error
 import urllib.request
@@ -66,18 +65,26 @@ _SYSCTLS = {
 # --- etcd and the API server --------------------------------------------------------------------------------------
 
 
-def _answers(url: str, token: str = "") -> bool:
-    """Whether a server answers 200. Its certificate is its own, made when it started; it listens on 127.0.0.1."""
+def _asked(url: str, token: str = "") -> bytes:
+    """What a server answers with status 200. OSError when it does not.
+
+    Its certificate is its own, made when it started; it listens on 127.0.0.1.
+    """
     trusting = ssl.create_default_context()
     trusting.check_hostname = False
     trusting.verify_mode = ssl.CERT_NONE
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
+    with opener.open(request, timeout=5) as answer:
+        return bytes(answer.read())
+
+
+def _answers(url: str, token: str = "") -> bool:
     try:
-        with opener.open(request, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+        _asked(url, token)
+    except OSError:
         return False
+    return True
 
 
 @dataclass
@@ -165,6 +172,20 @@ class ApiServer:
     def get(self, *words: str) -> Any:
         """``kubectl get … -o json``, parsed."""
         return json.loads(self.kubectl("get", *words, "-o", "json"))
+
+    def read(self, path: str) -> Any:
+        """What the API server answers an administrator's GET of this path, parsed; a start of kubectl is saved.
+
+        ClusterFailed when there is no such thing.
+        """
+        try:
+            return json.loads(_asked(f"{self.url}{path}", self.tokens["admin"]))
+        except OSError as error:
+            raise ClusterFailed(f"the API server does not answer {path}: {error}") from error
+
+    def knows(self, path: str) -> bool:
+        """Whether the API server has something at this path."""
+        return _answers(f"{self.url}{path}", self.tokens["admin"])
 
     def config_for(self, name: str, token: str) -> Path:
         """A kubeconfig for the bearer of a token, at ``<folder>/<name>.kubeconfig``."""
@@ -371,16 +392,16 @@ def _node(api: ApiServer) -> Iterator[Cluster]:
         start([*environment, *kubelet], folder / "kubelet.log")
         until(lambda: _node_ready(api), "the node", folder / "kubelet.log")
         # Pods may be made when their account is there.
-        account = api.command("get", "serviceaccount", "default")
-        until(lambda: succeeds(account), "the controllers", folder / "kube-controller-manager.log")
+        account = "/api/v1/namespaces/default/serviceaccounts/default"
+        until(lambda: api.knows(account), "the controllers", folder / "kube-controller-manager.log")
         yield node
 
 
 def _node_ready(api: ApiServer) -> bool:
-    asked = subprocess.run(api.command("get", "node", NODE, "-o", "json"), capture_output=True, check=False)
-    if asked.returncode:
+    path = f"/api/v1/nodes/{NODE}"
+    if not api.knows(path):
         return False
-    described = json.loads(asked.stdout)
+    described = api.read(path)
     conditions = {one["type"]: one["status"] for one in described["status"].get("conditions", [])}
     return conditions.get("Ready") == "True" and not described["spec"].get("taints")
 

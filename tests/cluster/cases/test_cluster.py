@@ -22,6 +22,9 @@ from tests.cluster import deployed, host, images, pods
 from tests.cluster.cases.conftest import Deployed
 from tests.cluster.servers import NODE, Cluster
 
+# Fixtures count: the first one starts a cluster and loads an image.
+pytestmark = pytest.mark.timeout(300)
+
 Event = dict[str, Any]
 
 _numbers = itertools.count(6100)
@@ -58,7 +61,8 @@ def status_of(cluster: Cluster, pod: str, container: str, namespace: str = "defa
     found: list[Event] = []
 
     def known() -> bool:
-        status = cluster.api.get("pod", pod, "-n", namespace)["status"]
+        path = f"/api/v1/namespaces/{namespace}/pods/{pod}"
+        status = cluster.api.read(path)["status"] if cluster.api.knows(path) else {}
         kinds = ("containerStatuses", "initContainerStatuses", "ephemeralContainerStatuses")
         found[:] = [one for kind in kinds for one in status.get(kind, ()) if one["name"] == container]
         return bool(found and found[0].get("containerID"))
@@ -160,7 +164,6 @@ def static_pod(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     temporary.rename(place)
     try:
         name = f"fixed-{NODE}"
-        commands.until(lambda: host.succeeds(cluster.api.command("get", "pod", name)), 60)
         yield [bound(cluster, name, "etc", first)]
     finally:
         place.unlink()
@@ -196,7 +199,7 @@ def created_again(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
 def restarted(cluster: Cluster, port: Port) -> Iterator[list[Bound]]:
     """A container that fails and is started again has another id under its name."""
     before, after = port(), port()
-    line = f"if mkdir /kept/once; then nc -p {before} 127.0.0.1 1; exit 1; fi; {pods.listens(after)}"
+    line = f"if mkdir /kept/once; then {pods.passes(before)}; exit 1; fi; {pods.listens(after)}"
     mounts = {"volumeMounts": [{"name": "kept", "mountPath": "/kept"}]}
     app = {**pods.container("app", line), **mounts}
     with applied(cluster, pods.pod("twice", app, restart="OnFailure", volumes=[{"name": "kept", "emptyDir": {}}])):
