@@ -127,12 +127,19 @@ class Directory:
 
         Where two sources know it, the one that knows its pod is right: the other sees the same container from below.
         """
+        # Asked for every container of every batch: plain steps, and no clock but for what has gone.
         with self._lock:
-            self._forget()
-            found = [known[container_id] for known in self._alive.values() if container_id in known]
-            if container_id in self._gone:
-                found.append(self._gone[container_id][0])
-            return max(found, key=lambda workload: workload.pod is not None, default=None)
+            found: Workload | None = None
+            for known in self._alive.values():
+                workload = known.get(container_id)
+                if workload is not None and (found is None or found.pod is None):
+                    found = workload
+            if (found is None or found.pod is None) and container_id in self._gone:
+                workload, since = self._gone[container_id]
+                kept = since >= self._monotonic() - self._gone_secs
+                if kept and (found is None or workload.pod is not None):
+                    found = workload
+            return found
 
     def __len__(self) -> int:
         """How many ids are known, those that have gone too."""
