@@ -313,6 +313,8 @@ def _handler(api: FakeApi) -> type[http.server.BaseHTTPRequestHandler]:
         def setup(self) -> None:
             trust = self.server.trust  # type: ignore[attr-defined]
             if trust:
+                # Python leaves a socket open that it cannot wrap because the client is already gone.
+                self.request.getpeername()
                 self.request = trust.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
                 try:
                     self.request.do_handshake()
