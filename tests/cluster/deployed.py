@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import commands
 from tests.broker import Kafka
 from tests.cluster import images
 from tests.cluster.servers import Cluster
@@ -20,7 +21,7 @@ NAMESPACE = "bindsnoop"
 
 @contextmanager
 def agent(cluster: Cluster, kafka: Kafka, topic: str, *more: str) -> Iterator[str]:
-    """The manifests, applied with what is this cluster's own, until every node has an agent that traces; deleted after.
+    """The manifests, applied with what is this cluster's own, until an agent traces; deleted afterwards.
 
     Gives the name of the agent's pod. ``more`` are further arguments of the agent.
     """
@@ -33,9 +34,12 @@ def agent(cluster: Cluster, kafka: Kafka, topic: str, *more: str) -> Iterator[st
             wait = ["rollout", "status", "daemonset/bindsnoop-agent", "-n", NAMESPACE, "--timeout=60s"]
             cluster.api.kubectl(*wait, timeout=70)
             (pod,) = cluster.api.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=bindsnoop-agent")["items"]
-            yield str(pod["metadata"]["name"])
+            name = str(pod["metadata"]["name"])
+            # The pod is ready when its program runs, which is a moment before that looks into the kernel.
+            commands.until(lambda: "traces with" in cluster.api.kubectl("logs", name, "-n", NAMESPACE))
+            yield name
         finally:
-            cluster.api.kubectl("delete", "-k", str(overlay), "--timeout=90s", timeout=100)
+            cluster.api.kubectl("delete", "-k", str(overlay), "--wait=false")
 
 
 def _write_overlay(overlay: Path, cluster: Cluster, kafka: Kafka, topic: str, more: Sequence[str]) -> None:

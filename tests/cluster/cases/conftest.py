@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -35,8 +36,15 @@ class Deployed:
 
 
 @pytest.fixture(scope="module")
-def agent(cluster: servers.Cluster, kafka: Kafka) -> Iterator[Deployed]:
+def image(cluster: servers.Cluster) -> Iterator[Future[None]]:
+    """The image of this checkout, on its way to the node: half a minute in which others can start."""
+    with ThreadPoolExecutor(1) as thread:
+        yield thread.submit(lambda: cluster.load(images.agent()))
+
+
+@pytest.fixture(scope="module")
+def agent(cluster: servers.Cluster, image: Future[None], kafka: Kafka) -> Iterator[Deployed]:
     """The manifests of ``deploy/kubernetes`` with the image of this checkout, publishing to a real Kafka."""
-    cluster.load(images.agent())
+    image.result()
     with deployed.agent(cluster, kafka, "binds") as pod:
         yield Deployed(pod, "binds", kafka.bootstrap)
