@@ -16,17 +16,25 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 ANSWER = "answer"
 HANG = "hang"
 NO_JSON = "no-json"
 ERROR = "error"
 CUT = "cut"
-"""What is done to every request: answered; never answered; answered with something else, with 500, or half."""
+TRICKLE = "trickle"
+GIANT = "giant"
+BRIEF = "brief"
+"""What is done to every request: answered; never answered; answered with something else, with 500, or half; byte after
+byte without end; with more than anybody wants; or answered, but the stream of events ended as soon as it begins."""
 
 
 class Engine:
-    """``containers`` by id: name, image and labels. ``behaviour`` is one of the five; ``asked`` is every path."""
+    """``containers`` by id: name, image and labels, and what the list alone tells: names of links to it, its state.
+
+    ``behaviour`` is one of those above. ``asked`` is every path.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +43,7 @@ class Engine:
         self.asked: list[str] = []
         self.streams = 0
         self.over = threading.Event()
-        self._lines: set[queue.Queue[bytes | None]] = set()
+        self._lines: dict[queue.Queue[bytes | None], set[str]] = {}
         self._server: _Server | None = None
 
     def create(self, container_id: str, name: str, *, image: str = "busybox", **labels: str) -> None:
@@ -48,11 +56,13 @@ class Engine:
         self.containers.pop(container_id, None)
         self.say({"Type": "container", "Action": "die", "Actor": {"ID": container_id}})
 
-    def say(self, event: object) -> None:
-        """Tell everybody who listens; bytes go as they are."""
+    def say(self, event: object, word: str | None = None) -> None:
+        """Tell everybody who listens for this action, or for ``word``; bytes go to all, as they are."""
         line = event if isinstance(event, bytes) else json.dumps(event).encode()
-        for lines in tuple(self._lines):
-            lines.put(line + b"\n")
+        word = word or (event.get("Action") if isinstance(event, dict) else None)
+        for lines, wanted in tuple(self._lines.items()):
+            if word is None or word in wanted:
+                lines.put(line + b"\n")
 
     def hang_up(self) -> None:
         """End every stream of events."""
@@ -75,15 +85,15 @@ class Engine:
         self.hang_up()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[queue.Queue[bytes | None]]:
-        """One more who listens to events."""
+    def listening(self, wanted: set[str]) -> Iterator[queue.Queue[bytes | None]]:
+        """One more who listens for these actions."""
         lines: queue.Queue[bytes | None] = queue.Queue()
-        self._lines.add(lines)
+        self._lines[lines] = wanted
         self.streams += 1
         try:
             yield lines
         finally:
-            self._lines.discard(lines)
+            del self._lines[lines]
 
 
 @contextlib.contextmanager
@@ -124,18 +134,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         engine = self.server.engine
         engine.asked.append(self.path)
         self.close_connection = True
+        url = urlsplit(self.path)
+        query = parse_qs(url.query)
         if engine.behaviour == HANG:
             engine.over.wait(30)
         elif engine.behaviour == NO_JSON and "events" not in self.path:
             self._answer(200, b"<html>")
         elif engine.behaviour == ERROR:
             self._answer(500, b'{"message":"no"}')
-        elif self.path.startswith("/events"):
-            self._events()
-        elif self.path == "/containers/json":
-            self._answer(200, json.dumps([_listed(*one) for one in engine.containers.items()]).encode())
+        elif url.path == "/events":
+            self._events(set(json.loads(query["filters"][0])["event"]))
+        elif engine.behaviour in {TRICKLE, GIANT}:
+            self._endless()
+        elif url.path == "/containers/json":
+            every = query.get("all") == ["true"]
+            listed = [_listed(*one) for one in engine.containers.items()]
+            self._answer(200, json.dumps([one for one in listed if every or one["State"] == "running"]).encode())
         else:
-            found = engine.containers.get(self.path.split("/")[2])
+            found = engine.containers.get(url.path.split("/")[2])
             self._answer(200 if found else 404, json.dumps(_inspected(found) if found else {"message": "no"}).encode())
 
     def _answer(self, status: int, body: bytes) -> None:
@@ -144,20 +160,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if self.server.engine.behaviour == CUT else body)
 
-    def _events(self) -> None:
-        with self.server.engine.listening() as lines:
+    def _endless(self) -> None:
+        """Of a megabyte each, or of one byte now and then."""
+        engine = self.server.engine
+        giant = engine.behaviour == GIANT
+        self.send_response(200)
+        self.end_headers()
+        while not engine.over.wait(0 if giant else 0.02):
+            self.wfile.write(b" " * (1 << 20 if giant else 1))
+
+    def _events(self, wanted: set[str]) -> None:
+        with self.server.engine.listening(wanted) as lines:
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             self.wfile.flush()
+            if self.server.engine.behaviour == BRIEF:
+                lines.put(None)
             while line := lines.get():
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
                 self.wfile.flush()
 
 
 def _listed(container_id: str, container: dict[str, Any]) -> dict[str, Any]:
-    names = [f"/{container['name']}"] if container["name"] is not None else None
-    return {"Id": container_id, "Names": names, "Image": container["image"], "Labels": container["labels"]}
+    own = [f"/{container['name']}"] if container["name"] is not None else None
+    return {
+        "Id": container_id,
+        "Names": [*container.get("links", ()), *own] if own else None,
+        "Image": container.get("image_id", container["image"]),
+        "ImageID": "sha256:" + "e" * 64,
+        "Labels": container["labels"],
+        "State": container.get("state", "running"),
+    }
 
 
 def _inspected(container: dict[str, Any]) -> dict[str, Any]:

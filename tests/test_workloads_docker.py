@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.event import Workload
 from pipeline.workloads import Directory
@@ -16,14 +22,16 @@ from tests import fake_engine, strategies
 from tests.commands import until
 from tests.fake_engine import Engine
 
+ROOT = Path(__file__).parent.parent
+
 A, B = "a" * 64, "b" * 64
 
 
 class Reader:
     """A source over a socket, its directory, and what it said. Waits are taken down and pass at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.directory = Directory()
+    def __init__(self, path: Path, directory: Directory | None = None) -> None:
+        self.directory = Directory() if directory is None else directory
         self.said: list[tuple[str, str]] = []
         self.waits: list[float] = []
         self._ended = threading.Event()
@@ -80,6 +88,51 @@ def test_a_renamed_container(engine: Engine, reader: Reader) -> None:
     until(lambda: reader.name(A) == "renamed")
 
 
+def test_one_that_others_are_linked_to(engine: Engine) -> None:
+    """Its own name counts, not that which another container has for it, wherever in the list that stands."""
+    engine.containers[A] = {"name": "zdb", "image": "postgres", "labels": {}, "links": ["/alink/alias"]}
+    reader = Reader(engine.path)
+    until(lambda: reader.directory.get(A) is not None)
+    reader.close()
+
+    assert reader.name(A) == "zdb"
+
+
+@pytest.mark.parametrize("image_id", ["sha256:" + "e" * 64, "e" * 12])
+def test_an_image_whose_name_has_gone_on(engine: Engine, image_id: str) -> None:
+    """The list tells the id alone when the name is another image's by now: the container knows what it was."""
+    engine.containers[A] = {"name": "web", "image": "nginx:1.27", "labels": {}, "image_id": image_id}
+    reader = Reader(engine.path)
+    until(lambda: reader.directory.get(A) is not None)
+    reader.close()
+
+    assert Workload("web", "nginx:1.27") == reader.directory.get(A)
+
+
+def test_what_is_created_and_does_not_run_yet(engine: Engine) -> None:
+    """Its name is known before its first process; one that has ended is nobody's."""
+    engine.containers[A] = {"name": "soon", "image": "x", "labels": {}, "state": "created"}
+    engine.containers[B] = {"name": "over", "image": "x", "labels": {}, "state": "exited"}
+    reader = Reader(engine.path)
+    until(lambda: reader.name(A) == "soon")
+    reader.close()
+
+    assert reader.name(B) is None
+
+
+@pytest.mark.parametrize(
+    ("action", "word"), [("die", "die"), ("destroy", "destroy"), ("die", "died"), ("remove", "remove")]
+)
+def test_each_word_for_an_end(engine: Engine, action: str, word: str) -> None:
+    """podman's service announces only what is asked for in its own words: died and remove."""
+    engine.containers[A] = {"name": "web", "image": "x", "labels": {}}
+    reader = Reader(engine.path, Directory(gone_max=0))
+    until(lambda: reader.name(A) == "web")
+    engine.say({"Action": action, "Actor": {"ID": A}}, word)
+    until(lambda: reader.name(A) is None)
+    reader.close()
+
+
 def test_two_containers_with_one_name(engine: Engine, reader: Reader) -> None:
     """One after the other: each id has its own image, whatever the other's name was."""
     engine.die(A)
@@ -128,16 +181,84 @@ def test_an_engine_that_answers_nonsense(engine: Engine, behaviour: str) -> None
     assert str(engine.path) in reader.said[0][1]
 
 
-def test_an_engine_that_hangs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that is not answered ends, and is said once; closing does not wait for it."""
+@pytest.mark.parametrize("behaviour", [fake_engine.HANG, fake_engine.TRICKLE])
+def test_an_engine_that_hangs(engine: Engine, behaviour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is not answered, or not to its end, is given up, and that is said once."""
     monkeypatch.setattr(edge, "_ANSWER_SECS", 0.1)
-    engine.behaviour = fake_engine.HANG
+    engine.behaviour = behaviour
     reader = Reader(engine.path)
     until(lambda: len(reader.waits) >= 3)
     reader.close()
 
     assert ["warn"] == [level for level, _ in reader.said]
     assert "does not answer" in reader.said[0][1]
+
+
+@pytest.mark.parametrize("behaviour", [fake_engine.HANG, fake_engine.TRICKLE])
+def test_closing_ends_a_request(engine: Engine, behaviour: str) -> None:
+    """Within two seconds, although the answer may take five times as long."""
+    engine.behaviour = behaviour
+    reader = Reader(engine.path)
+    until(lambda: len(engine.asked) > (behaviour == fake_engine.TRICKLE))
+    reader.close()
+
+    assert not reader.source._thread.is_alive()
+    assert reader.said == []
+
+
+def test_an_engine_that_hangs_at_one_container(engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the announcement itself tells is taken, and what was announced behind it is not waited for one by one."""
+    monkeypatch.setattr(edge, "_ANSWER_SECS", 0.1)
+    engine.behaviour = fake_engine.HANG
+    for number in range(50):
+        engine.create(f"{number:064x}", f"c{number}")
+    until(lambda: len(reader.said) == 1)
+    first = reader.name(f"{0:064x}")
+    engine.behaviour = fake_engine.ANSWER
+    until(lambda: reader.name(f"{49:064x}") == "c49")
+
+    assert first == "c0"
+    assert ["warn", "info"] == [level for level, _ in reader.said]
+
+
+def test_an_answer_that_is_too_large(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read to its end."""
+    monkeypatch.setattr(edge, "_ANSWER_BYTES", 4 << 20)
+    engine.behaviour = fake_engine.GIANT
+    reader = Reader(engine.path)
+    until(lambda: len(reader.waits) >= 2)
+    reader.close()
+
+    assert ["an answer is longer than 4 MiB" in sentence for _, sentence in reader.said] == [True]
+
+
+def test_a_socket_that_may_not_be_read(engine: Engine) -> None:
+    """The reason is said; root without its capabilities is refused as anybody is."""
+    engine.path.chmod(0)
+    script = (
+        "import sys; from pathlib import Path; from pipeline.workloads import Directory; "
+        "from pipeline.workloads.docker import Docker; "
+        "Docker(Directory(), Path(sys.argv[1]), say=lambda *line: print(*line), wait=lambda _: True)._thread.join()"
+    )
+    unable = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*unable, sys.executable, "-c", script, engine.path], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert f"warn the Docker Engine API at {engine.path} cannot be asked" in done.stdout
+    assert "(Permission denied)" in done.stdout
+
+
+def test_an_engine_that_ends_its_stream_again_and_again(engine: Engine) -> None:
+    """Names come all the same, from the list; nothing is said, and it is asked less and less often."""
+    engine.containers[A] = {"name": "web", "image": "nginx", "labels": {}}
+    engine.behaviour = fake_engine.BRIEF
+    reader = Reader(engine.path)
+    until(lambda: len(reader.waits) >= 30)
+    reader.close()
+
+    assert (reader.name(A), reader.said) == ("web", [])
+    assert sum(reader.waits[15:30]) > sum(reader.waits[:15])
 
 
 def test_a_socket_that_appears_later(tmp_path: Path) -> None:
@@ -181,6 +302,20 @@ def test_a_long_silence_lists_again(engine: Engine, monkeypatch: pytest.MonkeyPa
     reader.close()
 
     assert reader.said == []
+
+
+def test_a_busy_stream_lists_again(engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine drops events that are not taken fast enough: what was dropped is found while others go on."""
+    monkeypatch.setattr(edge, "_LIST_SECS", 0.05)
+    engine.containers[B] = {"name": "dropped", "image": "x", "labels": {}}
+
+    def found() -> bool:
+        engine.say({"Action": "rename", "Actor": {"ID": "c" * 64, "Attributes": {"name": "other"}}})
+        return reader.name(B) is not None
+
+    until(found)
+
+    assert engine.streams == 1
 
 
 @pytest.mark.parametrize(
@@ -251,6 +386,41 @@ def test_memory_does_not_grow_with_what_has_gone(engine: Engine, reader: Reader)
     assert [f"c{number}" for number in range(1950, 2000)] == [
         found.container for number in range(1950, 2000) if (found := small.get(f"{number:064x}"))
     ]
+
+
+HISTORY = st.lists(
+    st.tuples(st.sampled_from(["create", "rename", "die"]), st.integers(0, 4), st.sampled_from("abc")), max_size=25
+)
+
+
+@given(HISTORY)
+@settings(max_examples=20)
+def test_each_id_has_its_own_last_name(history: list[tuple[str, int, str]]) -> None:
+    """Whatever is made, renamed and removed, and however names are used again: only the id joins."""
+    expected: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, fake_engine.engine(Path(folder, "s")) as engine:
+        reader = Reader(engine.path)
+        until(lambda: engine.streams == 1)
+        for action, number, name in history:
+            container_id = f"{number:064x}"
+            if action == "create":
+                engine.create(container_id, name)
+            elif container_id not in engine.containers:
+                continue
+            elif action == "rename":
+                engine.containers[container_id]["name"] = name
+                engine.say({"Action": "rename", "Actor": {"ID": container_id, "Attributes": {"name": name}}})
+            else:
+                engine.die(container_id)
+                continue
+            expected[container_id] = name
+            until(lambda: reader.name(container_id) == name)  # noqa: B023 - it is called at once
+        engine.create("f" * 64, "last")
+        until(lambda: reader.name("f" * 64) == "last")
+        found = {container_id: reader.name(container_id) for container_id in expected}
+        reader.close()
+
+    assert expected == found
 
 
 def test_closing_ends_a_silent_stream(engine: Engine, reader: Reader) -> None:

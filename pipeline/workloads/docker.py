@@ -13,7 +13,8 @@ import json
 import random
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,11 +28,22 @@ _ANSWER_SECS = 10.0
 _SILENCE_SECS = 300.0
 """After so long without an event the stream is opened again and all is listed, should something have been missed."""
 
+_LIST_SECS = 300.0
+"""Among events all is listed so often: docker drops those that are not read fast enough, and says nothing of it."""
+
+_STEADY_SECS = 30.0
+"""A stream that ended sooner is opened again less and less often."""
+
 _FIRST_WAIT_SECS, _LONGEST_WAIT_SECS = 0.5, 30.0
 _ANSWER_BYTES, _LINE_BYTES = 64 << 20, 1 << 20
 
-_BORN, _GONE = ("create", "start", "rename"), ("die", "destroy")
+# podman's service speaks docker's words, except where it is asked for them: there it knows only its own.
+_BORN, _GONE = ("create", "start", "rename"), ("die", "destroy", "died", "remove")
 _EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event": [*_BORN, *_GONE]}))
+
+# Those that are created and do not run yet would be announced again only after their first process runs.
+_LIST = "/containers/json?all=true"
+_ENDED = {"exited", "dead", "removing", "stopped"}
 
 _POD = ("io.kubernetes.pod.namespace", "io.kubernetes.pod.name", "io.kubernetes.container.name")
 
@@ -55,30 +67,34 @@ class Docker:
         self._directory, self._path, self._say = directory, socket_path, say
         self._ended = threading.Event()
         self._wait = wait or self._ended.wait
-        self._stream: _Connection | None = None
-        self._away = False
+        self._open: dict[str, _Connection] = {}
+        self._listed_at = 0.0
+        self._listed = self._away = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop, within two seconds."""
         self._ended.set()
-        stream = self._stream
-        if stream is not None:
-            stream.interrupt()
-        self._thread.join(2.0)
+        end = time.monotonic() + 2.0
+        while self._thread.is_alive() and time.monotonic() < end:
+            for connection in tuple(self._open.values()):
+                connection.interrupt()
+            self._thread.join(0.05)
 
     def _work(self) -> None:
         failures = 0
         while not self._ended.is_set():
+            begun = time.monotonic()
+            self._listed = False
             try:
                 self._follow()
             except _Away as error:
                 if self._ended.is_set():
                     return
-                # One that answered before is asked again at once: it may only have been restarted.
-                failures = 1 if not self._away else failures + 1
-                if not self._away:
+                failures = 1 if time.monotonic() - begun > _STEADY_SECS else failures + 1
+                # One that ended its stream may only have been restarted: it is away when it does not answer again.
+                if not self._listed and not self._away:
                     self._away = True
                     self._say(
                         "warn",
@@ -91,24 +107,36 @@ class Docker:
 
     def _follow(self) -> None:
         """List all containers, then take each event as it comes; returns after a long silence. _Away."""
-        self._stream = stream = _Connection(self._path, _ANSWER_SECS)
-        with contextlib.closing(stream):
+        with self._connection("events") as stream:
             events = stream.ask(_EVENTS)
-            listed = self._ask("/containers/json")
-            if not isinstance(listed, list):
-                raise _Away("its list of containers is none")
-            found = filter(None, map(_listed, listed))
-            self._directory.replace(self.name, dict(found))
+            self._list()
             if self._away:
                 self._away = False
                 self._say("info", f"the Docker Engine API at {self._path} answers again")
-            stream.patience(_SILENCE_SECS)
             while not self._ended.is_set():
-                try:
-                    line = stream.line(events)
-                except TimeoutError:
+                line = stream.line(events, _SILENCE_SECS)
+                if line is None:
                     return
                 self._heed(line)
+                if time.monotonic() - self._listed_at > _LIST_SECS:
+                    self._list()
+
+    def _list(self) -> None:
+        """Tell the directory of everything that lives. _Away."""
+        listed = self._ask(_LIST)
+        if not isinstance(listed, list):
+            raise _Away("its list of containers is none")
+        alive = {}
+        for entry in listed:
+            found = _listed(entry)
+            if found is not None:
+                container_id, workload = found
+                # The name that an image had when the container was made may have gone on to another image since.
+                if _is_id(workload.image, entry):
+                    workload = self._inspected(container_id) or workload
+                alive[container_id] = workload
+        self._directory.replace(self.name, alive)
+        self._listed, self._listed_at = True, time.monotonic()
 
     def _heed(self, line: bytes) -> None:
         """One event. What is none is passed over: the next one may be."""
@@ -123,34 +151,63 @@ class Docker:
         if not known:
             return
         if action in _BORN:
-            workload = self._inspected(container_id) or _workload(attributes.get("name"), attributes.get("image"), {})
+            announced = _workload(attributes.get("name"), attributes.get("image"), {})
+            try:
+                workload = self._inspected(container_id) or announced
+            except _Away:
+                if announced is not None:
+                    self._directory.put(self.name, container_id, announced)
+                raise
             if workload is not None:
                 self._directory.put(self.name, container_id, workload)
         elif action in _GONE:
             self._directory.remove(self.name, container_id)
 
     def _inspected(self, container_id: str) -> Workload | None:
-        """Names of a container; None when it has gone again or cannot be asked for."""
+        """Names of a container; None when it has gone again or is not described. _Away."""
         try:
             found = self._ask(f"/containers/{quote(container_id, safe='')}/json")
             config = found.get("Config") or {}
             return _workload(found.get("Name"), config.get("Image"), config.get("Labels"))
-        except (_Away, AttributeError):
+        except (_NotFound, AttributeError):
             return None
 
     def _ask(self, path: str) -> Any:
-        with contextlib.closing(_Connection(self._path, _ANSWER_SECS)) as connection:
+        with self._connection("answer") as connection:
             return connection.json(path)
+
+    @contextlib.contextmanager
+    def _connection(self, use: str) -> Iterator[_Connection]:
+        """One to the engine, which ``close`` can interrupt."""
+        with contextlib.closing(_Connection(self._path, _ANSWER_SECS)) as connection:
+            self._open[use] = connection
+            yield connection
 
 
 def _listed(entry: Any) -> tuple[str, Workload] | None:
-    """Id and names from an entry of the list; None for what is no container."""
+    """Id and names from an entry of the list; None for what is no container or has ended."""
     try:
-        name = entry["Names"][0] if entry.get("Names") else None
-        workload = _workload(name, entry.get("Image"), entry.get("Labels"))
-        return (str(entry["Id"]), workload) if workload is not None else None
-    except (KeyError, TypeError, AttributeError, IndexError):
+        names = [name for name in entry.get("Names") or () if isinstance(name, str)]
+        # Other containers' links to it are there too, as /other/alias.
+        own = next((name for name in names if "/" not in name.removeprefix("/")), next(iter(names), None))
+        workload = _workload(own, entry.get("Image"), entry.get("Labels"))
+        container_id = entry["Id"]
+        ended = str(entry.get("State")).lower() in _ENDED
+    except (KeyError, TypeError, AttributeError):
         return None
+    if workload is None or ended or not isinstance(container_id, str):
+        return None
+    return container_id, workload
+
+
+def _is_id(image: str | None, entry: Mapping[str, Any]) -> bool:
+    """Whether a list tells an image's id, or its beginning, in the place of its name."""
+    image_id = entry.get("ImageID")
+    return isinstance(image_id, str) and bool(image) and _digits(image_id).startswith(_digits(str(image)))
+
+
+def _digits(image: str) -> str:
+    return image.removeprefix("sha256:")
 
 
 def _workload(name: Any, image: Any, labels: Any) -> Workload | None:
@@ -178,6 +235,10 @@ class _Away(Exception):
     """The engine cannot be asked; the text is the reason in a few words."""
 
 
+class _NotFound(_Away):
+    """It has no such container."""
+
+
 class _Connection(http.client.HTTPConnection):
     """One request to one unix socket."""
 
@@ -187,7 +248,8 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Connect to the socket, within the time for an answer."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # http.client forgets the socket where the other side says that it will close it.
+        self._socket = self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
 
@@ -199,28 +261,38 @@ class _Connection(http.client.HTTPConnection):
         except (OSError, http.client.HTTPException) as error:
             raise _Away(_reason(error)) from error
         if response.status != 200:
-            raise _Away(f"it answers {response.status} {printable(response.reason.encode('latin-1', 'replace'))}")
+            failure = _NotFound if response.status == 404 else _Away
+            raise failure(f"it answers {response.status} {printable(response.reason.encode('latin-1', 'replace'))}")
         return response
 
     def json(self, path: str) -> Any:
         """GET; the whole answer. _Away."""
+        end = time.monotonic() + _ANSWER_SECS
         response = self.ask(path)
+        content = bytearray()
         try:
-            content = response.read(_ANSWER_BYTES + 1)
-            if len(content) > _ANSWER_BYTES:
-                raise _Away(f"an answer is longer than {_ANSWER_BYTES >> 20} MiB")
+            while part := response.read1(1 << 20):
+                content += part
+                if len(content) > _ANSWER_BYTES:
+                    raise _Away(f"an answer is longer than {_ANSWER_BYTES >> 20} MiB")
+                if time.monotonic() > end:
+                    raise TimeoutError
             return json.loads(content)
         except (OSError, http.client.HTTPException) as error:
             raise _Away(_reason(error)) from error
         except (ValueError, RecursionError) as error:
             raise _Away("an answer is no JSON") from error
 
-    def line(self, response: http.client.HTTPResponse) -> bytes:
-        """The next line of an answer that goes on. TimeoutError after a long silence, _Away at its end."""
+    def line(self, response: http.client.HTTPResponse, within_s: float) -> bytes | None:
+        """The next line of an answer that goes on. _Away at its end.
+
+        None when there is none ``within_s``; then this answer cannot be read any further.
+        """
+        self._socket.settimeout(within_s)
         try:
             line = response.readline(_LINE_BYTES + 1)
         except TimeoutError:
-            raise
+            return None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Away(_reason(error)) from error
         if not line:
@@ -229,17 +301,10 @@ class _Connection(http.client.HTTPConnection):
             raise _Away(f"an event is longer than {_LINE_BYTES >> 20} MiB")
         return line
 
-    def patience(self, seconds: float) -> None:
-        """How long the next line may take."""
-        if self.sock is not None:
-            self.sock.settimeout(seconds)
-
     def interrupt(self) -> None:
         """End a wait of another thread."""
-        sock = self.sock
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(AttributeError, OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _reason(error: Exception) -> str:
