@@ -331,6 +331,8 @@ def test_a_busy_stream_lists_again(engine: Engine, reader: Reader, monkeypatch: 
         b"[" * 100_000,
         b'{"Action":"create","Actor":{"ID":"x","Attributes":[]}}',
         b'{"Action":"create","Actor":null}',
+        b'{"Action":"create","Actor":{"ID":"\\ud800","Attributes":{"name":"half"}}}',
+        b'{"Action":"create","Actor":{"ID":"../../info","Attributes":{"name":"other"}}}',
     ],
 )
 def test_an_event_that_is_none(engine: Engine, reader: Reader, line: bytes) -> None:

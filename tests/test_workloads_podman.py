@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +15,12 @@ import pytest
 
 from pipeline.event import Workload
 from pipeline.workloads import Directory
+from pipeline.workloads import podman as edge
 from pipeline.workloads.podman import Podman
 from tests import strategies
 from tests.commands import until
+
+ROOT = Path(__file__).parent.parent
 
 A, B = "a" * 64, "b" * 64
 
@@ -83,7 +90,9 @@ def test_files_of_every_driver_and_of_brief_containers(storage: Storage) -> None
     until(lambda: (storage.name(A), storage.name(B)) == ("one", "two"))
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b"7", b"\xff", b"[" * 100_000], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"{", b"{}", b"7", b"\xff", b"[" * 100_000], ids=["half", "object", "number", "no-text", "deep"]
+)
 def test_a_file_that_is_none(storage: Storage, content: bytes) -> None:
     """It is said once; what was known stays; and when the file is right again that is said too."""
     storage.write(json.dumps([entry(A, "web")]).encode())
@@ -100,7 +109,17 @@ def test_a_file_that_is_none(storage: Storage, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", [None, 7, {}, {"id": B}, {"id": 7, "names": ["x"]}, {"id": B, "names": []}, {"id": B, "names": "x"}]
+    "odd",
+    [
+        None,
+        7,
+        {},
+        {"id": B},
+        {"id": 7, "names": ["x"]},
+        {"id": B, "names": []},
+        {"id": B, "names": "x"},
+        {"id": B, "names": [None]},
+    ],
 )
 def test_an_entry_that_is_none(storage: Storage, odd: object) -> None:
     """It is passed over, and the others count."""
@@ -108,6 +127,47 @@ def test_an_entry_that_is_none(storage: Storage, odd: object) -> None:
     until(lambda: storage.name(A) == "web")
 
     assert (storage.name(B), storage.said) == (None, [])
+
+
+def test_a_file_that_goes_and_comes(storage: Storage) -> None:
+    """Containers of storage that is gone are gone, which is nothing to be said."""
+    storage.write(json.dumps([entry(A, "web")]).encode())
+    until(lambda: storage.name(A) == "web")
+    shutil.rmtree(storage.folder)
+    storage.look()
+    kept = storage.name(A)
+    storage.write(json.dumps([entry(B, "db")]).encode())
+    until(lambda: storage.name(B) == "db")
+
+    assert (kept, storage.said) == ("web", [])
+
+
+def test_a_file_that_is_too_large(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read, and that is said."""
+    monkeypatch.setattr(edge, "_FILE_BYTES", 1000)
+    storage.write(b"[" + b" " * 1000 + b"]")
+    until(lambda: len(storage.said) == 1)
+
+    assert "is larger than" in storage.said[0][1]
+
+
+def test_storage_that_may_not_be_read(tmp_path: Path) -> None:
+    """The reason is said; root without its capabilities is refused as anybody is."""
+    storage = tmp_path / "storage"
+    storage.mkdir(mode=0)
+    script = (
+        "import sys; from pathlib import Path; from pipeline.workloads import Directory; "
+        "from pipeline.workloads.podman import Podman; "
+        "Podman(Directory(), Path(sys.argv[1]), say=lambda *line: print(*line), wait=lambda _: True)._thread.join()"
+    )
+    lacking = "-dac_override,-dac_read_search"
+    unable = ["setpriv", f"--bounding-set={lacking}", f"--inh-caps={lacking}"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*unable, sys.executable, "-c", script, storage], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+
+    assert f"warn podman's containers in {storage} cannot be read" in done.stdout
+    assert "Permission denied" in done.stdout
 
 
 @pytest.mark.parametrize("notes", ["", "{", "[]", "null", '{"image-name": null}', 7])

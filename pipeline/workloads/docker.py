@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -44,6 +45,9 @@ _EVENTS = "/events?filters=" + quote(json.dumps({"type": ["container"], "event":
 # Those that are created and do not run yet would be announced again only after their first process runs.
 _LIST = "/containers/json?all=true"
 _ENDED = {"exited", "dead", "removing", "stopped"}
+
+_ID = re.compile("[0-9a-f]{64}")
+"""What an event can have: anything else would name nothing."""
 
 _POD = ("io.kubernetes.pod.namespace", "io.kubernetes.pod.name", "io.kubernetes.container.name")
 
@@ -145,7 +149,7 @@ class Docker:
             action = event["Action"] if "Action" in event else event["status"]
             container_id = event["Actor"]["ID"]
             attributes = event["Actor"].get("Attributes") or {}
-            known = isinstance(container_id, str) and isinstance(action, str) and isinstance(attributes, dict)
+            known = _ID.fullmatch(container_id) and isinstance(action, str) and isinstance(attributes, dict)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         if not known:
@@ -166,7 +170,7 @@ class Docker:
     def _inspected(self, container_id: str) -> Workload | None:
         """Names of a container; None when it has gone again or is not described. _Away."""
         try:
-            found = self._ask(f"/containers/{quote(container_id, safe='')}/json")
+            found = self._ask(f"/containers/{container_id}/json")
             config = found.get("Config") or {}
             return _workload(found.get("Name"), config.get("Image"), config.get("Labels"))
         except (_NotFound, AttributeError):
@@ -192,12 +196,10 @@ def _listed(entry: Any) -> tuple[str, Workload] | None:
         own = next((name for name in names if "/" not in name.removeprefix("/")), next(iter(names), None))
         workload = _workload(own, entry.get("Image"), entry.get("Labels"))
         container_id = entry["Id"]
-        ended = str(entry.get("State")).lower() in _ENDED
+        joins = _ID.fullmatch(container_id) and str(entry.get("State")).lower() not in _ENDED
     except (KeyError, TypeError, AttributeError):
         return None
-    if workload is None or ended or not isinstance(container_id, str):
-        return None
-    return container_id, workload
+    return (container_id, workload) if joins and workload is not None else None
 
 
 def _is_id(image: str | None, entry: Mapping[str, Any]) -> bool:
