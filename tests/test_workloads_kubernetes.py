@@ -349,15 +349,13 @@ def test_hostile_texts_over_the_wire(api: FakeApi, kubeconfig: Path) -> None:
 
 def test_no_pod_on_this_node(tmp_path: Path) -> None:
     """A node of which the server knows no pod is most often a name that is wrong; said once."""
-    with serving() as server, watching(server.kubeconfig(tmp_path / "kubeconfig")) as seen:
-        until(lambda: bool(seen.said))
-        server.stop()
-        server.start()
-        until(lambda: server.verbs().count("list") > 1 or server.verbs().count("watch") > 1)
+    with serving() as server:
+        server.misbehave(Behaviour(on="watch", lines=[event("ERROR", json.loads(status(410)))]))
+        with watching(server.kubeconfig(tmp_path / "kubeconfig")) as seen:
+            until(lambda: server.verbs() == ["list", "watch", "list", "watch"])
 
-    assert [(level, "node-1" in said and "--node" in said) for level, said in seen.said if "no pod" in said] == [
-        ("warn", True)
-    ]
+    ((level, sentence),) = seen.said
+    assert ("warn", True, True) == (level, "no pod on a node node-1" in sentence, "--node" in sentence)
 
 
 # --- failures -----------------------------------------------------------------------------------------------------
