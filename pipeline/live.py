@@ -45,9 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _import() -> None:
+    for name in ("records", "enrich", "select", "render.printer", "workloads.docker", "workloads.podman"):
+        importlib.import_module(f"pipeline.{name}")
+
+
 def _main(settings: config.LiveConfig) -> int:
-    # While the kernel checks the programs another thread imports what the first event needs: a third of the start.
-    threading.Thread(target=importlib.import_module, args=("pipeline.records",)).start()
+    # While the kernel checks the programs another thread imports what the first event needs: half of the start.
+    threading.Thread(target=_import).start()
     from pipeline.tracer import Wanted, open_tracer
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -109,8 +114,10 @@ def _main(settings: config.LiveConfig) -> int:
         delay_secs = settings.name_delay if sources else 0.0
         line: DelayLine[Burst] = DelayLine(lambda name: directory.get(name) is not None, delay_secs)
         look = time.monotonic() + _LOOK_SECS
+        wait_secs = 0.0  # What came meanwhile has waited enough.
         while True:
-            burst = tracer.read(_DELAY_SECS, 0.0 if line else _LOOK_SECS)
+            burst = tracer.read(wait_secs, 0.0 if line else _LOOK_SECS)
+            wait_secs = _DELAY_SECS
             if burst is not None:
                 offset_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
                 line.put(enrich.enrich(records.decode(burst.records, offset_ns)), burst, time.monotonic())

@@ -6,6 +6,9 @@ for them is no system call.
 
 A tier is a list of hooks. Which of them this kernel has is found out by attaching: a hook that a tier can do without
 leaves a gap with a name, any other refuses the tier.
+
+What reads the ring is imported behind the loading, so that another thread can import the rest while the kernel checks
+the programs: each takes about as long as the other.
 """
 
 from __future__ import annotations
@@ -17,27 +20,28 @@ import functools
 import mmap
 import os
 import platform
+import re
 import select
 import struct
 import threading
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, NamedTuple
-
-import numpy as np
 
 from pipeline import carried
 from pipeline.errors import TracerUnavailable
 from pipeline.tracer import coverage, host
-from pipeline.tracer.ring import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from pipeline.tracer import Burst, Wanted
+    from pipeline.tracer.ring import Ring
 
 
 class Hook(NamedTuple):
@@ -147,14 +151,19 @@ _listener = _PRINT(_listen)
 
 
 @functools.cache
-def _libbpf() -> ctypes.CDLL:
-    """The library, its functions typed and its own printing silenced."""
+def _libbpf() -> SimpleNamespace:
+    """The library, its functions typed and its own printing silenced.
+
+    Only those that take their time let other threads run: with a thread that imports beside it, each of the hundreds of
+    short calls would wait for its turn again.
+    """
     try:
-        library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        patient, short = (kind("libbpf.so.1", use_errno=True) for kind in (ctypes.CDLL, ctypes.PyDLL))
     except OSError as error:
         raise TracerUnavailable(
             "libbpf.so.1 is missing; install it (Debian, Ubuntu: apt-get install libbpf1; Fedora: dnf install libbpf)"
         ) from error
+    library = SimpleNamespace()
     pointer, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     for name, result, arguments in (
         ("libbpf_set_print", pointer, (pointer,)),
@@ -186,9 +195,11 @@ def _libbpf() -> ctypes.CDLL:
         ("bpf_map__initial_value", pointer, (pointer, ctypes.POINTER(ctypes.c_size_t))),
         ("bpf_obj_get_info_by_fd", number, (number, pointer, ctypes.POINTER(ctypes.c_uint32))),
     ):
-        function = getattr(library, name)
+        takes_long = re.search("__load|__attach|__destroy|__close|__open", name)
+        function = getattr(patient if takes_long else short, name)
         function.restype = result
         function.argtypes = arguments
+        setattr(library, name, function)
     library.libbpf_set_print(ctypes.cast(_listener, pointer))
     return library
 
@@ -394,6 +405,8 @@ def open_tier(name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int
             loaded, notes, gaps = _open_tracepoints(attached, given, ring_bytes, held)
         else:
             loaded, notes, gaps = _open_functions(name, attached, given, ring_bytes, held, spares)
+        from pipeline.tracer.ring import Ring
+
         descriptor = _map(loaded, "ring")
         # Edge-triggered: level-triggered would answer at once as long as a single record waits.
         waiting = held.enter_context(select.epoll())
@@ -441,6 +454,9 @@ def _open_tracepoints(
 def _open_functions(
     tier: str, attached: Attached, knobs: bytes, ring_bytes: int, held: contextlib.ExitStack, spares: bool
 ) -> tuple[int, list[str], tuple[str, ...]]:
+    if tier == "kprobe" and not Path("/sys/bus/event_source/devices/kprobe").exists():
+        # Attaching would say the same, a tenth of a second later.
+        raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)")
     there = _functions_there(_FUNCTIONS) if tier == "fexit" else set(_FUNCTIONS)
     hooks_of = {name: _with_spares(hooks[tier]) if spares else hooks[tier] for name, hooks in _FUNCTIONS.items()}
     for function in _REQUIRED:
@@ -601,6 +617,8 @@ def _map(loaded: int, name: str) -> int:
 
 def _map_counters(descriptor: int) -> npt.NDArray[np.uint64]:
     """The counters where the kernel counts: one row a CPU."""
+    import numpy as np
+
     cpus = _libbpf().libbpf_num_possible_cpus()
     words = cpus * _COUNTERS_WORDS
     length = -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -621,8 +639,6 @@ def _attach(loaded: int, hook: Hook) -> int:
         return int(link)
     error = _error()
     if hook.kind in ("kprobe", "kretprobe"):
-        if not Path("/sys/bus/event_source/devices/kprobe").exists():
-            raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)") from error
         if error.errno == errno.ENOENT:
             raise _NotThere(f"this kernel has no function {hook.target}") from error
         raise host.perf_event_refused(str(hook), error) from error
