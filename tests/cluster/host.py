@@ -25,6 +25,8 @@ from tests.cluster.cache import ClusterFailed
 
 READY_SECS = 60.0
 
+_MADE = "places-that-were-made"
+
 Start = Callable[[list[str], Path], None]
 """Starts a command that adds what it says to a file; it ends with the block that gave this function."""
 
@@ -114,7 +116,7 @@ def processes(
     ``mounts`` are folders that are empty there and in memory; ``folder`` is where they start, and where files may lie;
     ``sysctls`` are values that they find set, by their path below /proc/sys. ClusterFailed.
     """
-    with _places(mounts), _cgroups(group) as groups:
+    with _places(mounts, folder / _MADE), _cgroups(group) as groups:
         log = folder / "namespaces.log"
         with log.open("ab") as said:
             first = subprocess.Popen(
@@ -159,24 +161,32 @@ def processes(
 def temporary(prefix: str) -> Iterator[Path]:
     """A folder for who is the only one to use this prefix; what an earlier one left is removed first."""
     for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        for made in old.rglob(_MADE):
+            _take_away(made.read_text(encoding="utf-8").splitlines())
         shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @contextlib.contextmanager
-def _places(folders: Sequence[str]) -> Iterator[None]:
-    """Places to mount at; those that were not there are removed afterwards."""
-    missing: list[Path] = []
+def _places(folders: Sequence[str], made: Path) -> Iterator[None]:
+    """Places to mount at; those that were not there are noted in the file ``made``, and removed afterwards."""
+    missing: list[str] = []
+    for folder in map(Path, folders):
+        missing += [str(path) for path in reversed((folder, *folder.parents)) if not path.exists()]
+    made.write_text("".join(f"{path}\n" for path in missing), encoding="utf-8")
     try:
         for folder in map(Path, folders):
-            missing += [path for path in reversed((folder, *folder.parents)) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        for path in reversed(missing):
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _take_away(missing)
+
+
+def _take_away(places: Sequence[str]) -> None:
+    for place in reversed(places):
+        with contextlib.suppress(OSError):
+            Path(place).rmdir()
 
 
 # --- control groups -----------------------------------------------------------------------------------------------
