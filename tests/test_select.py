@@ -101,10 +101,10 @@ def test_nodes() -> None:
 
 def test_a_warning_passes_whatever_the_filters_say() -> None:
     """That something is missing must not be hidden by a filter for a port; it is no attempt, though."""
-    rows = batch(WARN, {"pid": 2}, INFO)
+    rows = batch(WARN, {"pid": 2}, INFO, {"port": 1})
     wanted = Filter(pids=(1,), ports=(range(1, 2),))
 
-    assert select(rows, wanted).batch.column("pos").to_pylist() == [0]
+    assert select(rows, wanted).batch.column("pos").to_pylist() == [0, 3]
     assert select(rows, wanted)[1:] == (0, 1)
 
 
