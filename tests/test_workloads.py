@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.event import Workload
-from pipeline.workloads import Directory
+from pipeline.workloads import Directory, open_sources
+from tests.fake_api import serving
 
 SOURCES = ("kubernetes", "docker")
 IDS = ("a" * 64, "b" * 64, "c" * 64)
@@ -61,7 +67,7 @@ def test_container_that_has_gone() -> None:
     directory.remove("kubernetes", IDS[0])
 
     clock.now += 900
-    assert WEB == directory.get(IDS[0])
+    assert (WEB, 1) == (directory.get(IDS[0]), len(directory))
 
     clock.now += 1
     assert directory.get(IDS[0]) is None
@@ -94,6 +100,17 @@ def test_too_many_have_gone() -> None:
     assert [None, WEB, WEB] == [directory.get(one) for one in IDS]
 
 
+def test_the_order_is_that_of_the_last_to_lose_it() -> None:
+    """A container that another source sees go later went then, not when the first one lost it."""
+    directory = Directory(gone_max=2)
+    for source, one in (("kubernetes", IDS[0]), ("docker", IDS[0]), ("docker", IDS[1]), ("docker", IDS[2])):
+        directory.put(source, one, WEB)
+    for source, one in (("kubernetes", IDS[0]), ("docker", IDS[1]), ("docker", IDS[0]), ("docker", IDS[2])):
+        directory.remove(source, one)
+
+    assert [WEB, None, WEB] == [directory.get(one) for one in IDS]
+
+
 def test_replace() -> None:
     """What is not among those that live has gone; what another source knows is not touched."""
     directory = Directory(gone_max=0)
@@ -119,6 +136,16 @@ def test_who_knows_the_pod_is_right() -> None:
             assert WEB == directory.get(IDS[0])
 
 
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns a thousand times as often as they usually do."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 1000)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("restless")
 def test_many_threads() -> None:
     """Sources and readers at once lose nothing and give no wrong name."""
     directory = Directory(gone_max=50)
@@ -202,7 +229,64 @@ def test_names_are_those_that_were_given(acts: list[Any], gone_max: int) -> None
             assert found is None or found in given_to[one]
             assert not living or found in living or (found is not None and found.pod is not None)
             if any(known.pod for known in living):
-                assert found in living
+                assert found in [known for known in living if known.pod]
             if not living and (one not in went or clock.now - went[one] > 10):
                 assert found is None
         assert len(directory) <= len(alive["kubernetes"].keys() | alive["docker"].keys()) + gone_max
+
+
+# --- which sources there are --------------------------------------------------------------------------------------
+
+
+def chosen(folder: Path, *names: str, kubeconfig: Path | None = None) -> list[str]:
+    """Which sources begin where sockets and storage lie in this folder."""
+    made = open_sources(
+        names,
+        Directory(),
+        node="node-1",
+        kubeconfig=kubeconfig,
+        docker_sockets=[folder / "docker.sock", folder / "podman.sock"],
+        podman_storage=folder / "storage",
+        say=lambda *_: None,
+    )
+    for source in made:
+        source.close()
+    return [source.name.replace(f"{folder}/", "") for source in made]
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ((), []),
+        (("docker.sock",), ["docker docker.sock"]),
+        (("storage",), ["podman"]),
+        (("docker.sock", "storage"), ["docker docker.sock", "podman"]),
+        (("docker.sock", "podman.sock", "storage"), ["docker docker.sock", "docker podman.sock"]),
+    ],
+)
+def test_auto_is_what_is_there(tmp_path: Path, there: tuple[str, ...], expected: list[str]) -> None:
+    """Sockets that exist, and podman's files where its service has no socket."""
+    for name in there:
+        if name == "storage":
+            (tmp_path / name).mkdir()
+        else:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(tmp_path / name))
+
+    assert expected == chosen(tmp_path, "auto")
+
+
+def test_auto_is_kubernetes_where_a_kubeconfig_is_given(tmp_path: Path) -> None:
+    """And nothing else: docker would see the same containers from below."""
+    (tmp_path / "storage").mkdir()
+    with serving() as api:
+        kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
+
+        assert ["kubernetes"] == chosen(tmp_path, "auto", kubeconfig=kubeconfig)
+
+
+def test_what_is_named_is_asked_whether_it_is_there_or_not(tmp_path: Path) -> None:
+    """It may come later; ``none`` is nobody."""
+    assert ["docker docker.sock", "docker podman.sock"] == chosen(tmp_path, "docker")
+    assert ["podman"] == chosen(tmp_path, "podman")
+    assert [] == chosen(tmp_path, "none")
