@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests import fake_engine
+from pipeline.agent import Unnamed
+from pipeline.event import Workload
+from pipeline.workloads import Directory
+from tests import fake_engine, stored
 from tests.commands import BIN, agent_running, environment, replay, until
 from tests.fake_engine import Engine
 from tests.kernel import places
@@ -87,8 +90,10 @@ def test_a_bind_has_the_names_of_its_container(engine: Engine, tmp_path: Path) -
 
 def test_a_bind_waits_for_its_name(engine: Engine, tmp_path: Path) -> None:
     """A name that comes a moment after the bind is the event's, and what was bound behind it stays behind it."""
-    with agent(engine, tmp_path / "files", "--name-delay", "20s"):
+    hasty = agent(engine, tmp_path / "hasty", "--name-delay", "1ms")
+    with hasty, agent(engine, tmp_path / "files", "--name-delay", "20s"):
         (first,), (second,) = bind(A), bind()
+        until(lambda: len(events(tmp_path / "hasty")) == 2)
         engine.create(A, "web")
         until(lambda: len(events(tmp_path / "files")) == 2)
 
@@ -112,6 +117,38 @@ def test_a_name_that_comes_too_late_is_told(engine: Engine, tmp_path: Path) -> N
     assert (told["kind"], told["type"], told["container_id"], told["labels"]) == ("workload", "info", A, {"app": "web"})
     assert told["message"] == f"container {A} is web"
     assert [(first, "web"), (None, "web"), (second, "web")] == containers(files, "--resolve")
+
+
+def test_a_late_name_is_told_once() -> None:
+    """However often the directory changes afterwards."""
+    directory = Directory()
+    unnamed = Unnamed(directory)
+    unnamed.note([A])
+    directory.put("docker", A, Workload("web"))
+    told = unnamed.named()
+    directory.put("docker", B, Workload("db"))
+
+    assert ([(A, Workload("web"))], []) == (told, unnamed.named())
+
+
+def test_late_names_of_which_there_are_too_many() -> None:
+    """Of more than ten thousand containers the one that was met first is not told."""
+    directory = Directory()
+    unnamed = Unnamed(directory)
+    ids = [f"{number:064x}" for number in range(10_001)]
+    unnamed.note(ids)
+    directory.replace("docker", dict.fromkeys(ids, Workload("web")))
+
+    assert ids[1:] == [container_id for container_id, _ in unnamed.named()]
+
+
+def test_a_name_that_another_file_tells(tmp_path: Path) -> None:
+    """--resolve looks at everything before it shows anything: the name may lie in a later file."""
+    told = stored.own(0, "info", kind="workload", time=stored.BASE_US + 9, container_id=A, container="web")
+    stored.write(tmp_path, [stored.bind(0, port=80, pid=os.getpid(), container_id=A)])
+    stored.write(tmp_path, [told], epoch="1" * 16)
+
+    assert [(80, "web"), (None, "web")] == containers(tmp_path, "--resolve")
 
 
 def test_a_ring_that_fills_does_not_wait(engine: Engine, tmp_path: Path) -> None:
