@@ -21,18 +21,21 @@ from urllib.parse import parse_qs, urlsplit
 ANSWER = "answer"
 HANG = "hang"
 NO_JSON = "no-json"
+NO_LIST = "no-list"
 ERROR = "error"
 CUT = "cut"
 TRICKLE = "trickle"
 GIANT = "giant"
 BRIEF = "brief"
-"""What is done to every request: answered; never answered; answered with something else, with 500, or half; byte after
-byte without end; with more than anybody wants; or answered, but the stream of events ended as soon as it begins."""
+"""What is done to every request: answered; never answered; answered with something else, with an object for a list,
+with 500, or half; byte after byte without end; with more than anybody wants; or answered, but the stream of events
+ended as soon as it begins."""
 
 
 class Engine:
-    """``containers`` by id: name, image and labels, and what the list alone tells: names of links to it, its state.
+    """``containers`` by id: name, image and labels; what the list alone tells: names of links to it, its state.
 
+    One that has ``left`` is in the list, and cannot be asked about any more.
     ``behaviour`` is one of those above. ``asked`` is every path.
     """
 
@@ -149,9 +152,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif url.path == "/containers/json":
             every = query.get("all") == ["true"]
             listed = [_listed(*one) for one in engine.containers.items()]
-            self._answer(200, json.dumps([one for one in listed if every or one["State"] == "running"]).encode())
+            shown = [one for one in listed if every or one["State"] == "running"]
+            self._answer(200, json.dumps({} if engine.behaviour == NO_LIST else shown).encode())
         else:
             found = engine.containers.get(url.path.split("/")[2])
+            found = None if found and found.get("left") else found
             self._answer(200 if found else 404, json.dumps(_inspected(found) if found else {"message": "no"}).encode())
 
     def _answer(self, status: int, body: bytes) -> None:

@@ -80,6 +80,13 @@ def test_what_runs_and_what_is_created_later(engine: Engine, reader: Reader) -> 
     assert reader.said == []
 
 
+def test_events_are_listened_to_before_the_list_is_asked_for(engine: Engine, reader: Reader) -> None:
+    """What is made while the list is on its way is announced to us: no container falls between the two."""
+    until(lambda: reader.name(A) == "web")
+
+    assert ["/events", "/containers/json"] == [path.partition("?")[0] for path in engine.asked]
+
+
 def test_a_renamed_container(engine: Engine, reader: Reader) -> None:
     """Events after it have the new name."""
     engine.containers[A]["name"] = "renamed"
@@ -109,6 +116,24 @@ def test_an_image_whose_name_has_gone_on(engine: Engine, image_id: str) -> None:
     assert Workload("web", "nginx:1.27") == reader.directory.get(A)
 
 
+def test_an_image_without_a_name_of_one_that_has_left(engine: Engine) -> None:
+    """What the list told of it is all that anybody knows any more."""
+    engine.containers[A] = {"name": "web", "image": "x", "labels": {}, "image_id": "e" * 12, "left": True}
+    reader = Reader(engine.path)
+    until(lambda: reader.directory.get(A) is not None)
+    reader.close()
+
+    assert Workload("web", "e" * 12) == reader.directory.get(A)
+
+
+def test_a_container_without_an_image(engine: Engine, reader: Reader) -> None:
+    """An empty text is no image."""
+    engine.create(B, "bare", image="")
+    until(lambda: reader.name(B) == "bare")
+
+    assert Workload("bare") == reader.directory.get(B)
+
+
 def test_what_is_created_and_does_not_run_yet(engine: Engine) -> None:
     """Its name is known before its first process; one that has ended is nobody's."""
     engine.containers[A] = {"name": "soon", "image": "x", "labels": {}, "state": "created"}
@@ -131,6 +156,25 @@ def test_each_word_for_an_end(engine: Engine, action: str, word: str) -> None:
     engine.say({"Action": action, "Actor": {"ID": A}}, word)
     until(lambda: reader.name(A) is None)
     reader.close()
+
+
+def test_one_that_ends_without_a_word(engine: Engine) -> None:
+    """What is not in the next list has gone, although nobody announced it."""
+    engine.containers[A] = {"name": "web", "image": "x", "labels": {}}
+    reader = Reader(engine.path, Directory(gone_max=0))
+    until(lambda: reader.name(A) == "web")
+    del engine.containers[A]
+    engine.hang_up()
+    until(lambda: reader.name(A) is None)
+    reader.close()
+
+
+def test_an_event_that_has_a_status_alone(engine: Engine, reader: Reader) -> None:
+    """It says what an action would."""
+    engine.containers[B] = {"name": "db", "image": "x", "labels": {}}
+    engine.say({"status": "create", "Actor": {"ID": B}}, "create")
+
+    until(lambda: reader.name(B) == "db")
 
 
 def test_two_containers_with_one_name(engine: Engine, reader: Reader) -> None:
@@ -166,7 +210,7 @@ def test_a_container_of_kubernetes(engine: Engine, reader: Reader) -> None:
     assert (found.namespace, found.pod, found.container) == ("default", "web-1", "web")
 
 
-@pytest.mark.parametrize("behaviour", [fake_engine.NO_JSON, fake_engine.ERROR, fake_engine.CUT])
+@pytest.mark.parametrize("behaviour", [fake_engine.NO_JSON, fake_engine.NO_LIST, fake_engine.ERROR, fake_engine.CUT])
 def test_an_engine_that_answers_nonsense(engine: Engine, behaviour: str) -> None:
     """It is said once, tried again and again, and said when it is over."""
     engine.containers[A] = {"name": "web", "image": "nginx", "labels": {}}
@@ -259,6 +303,17 @@ def test_an_engine_that_ends_its_stream_again_and_again(engine: Engine) -> None:
 
     assert (reader.name(A), reader.said) == ("web", [])
     assert sum(reader.waits[15:30]) > sum(reader.waits[:15])
+
+
+def test_a_stream_that_lasted_is_opened_again_soon(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one that ends at once is asked less and less often."""
+    monkeypatch.setattr(edge, "_STEADY_SECS", 0.0)
+    engine.behaviour = fake_engine.BRIEF
+    reader = Reader(engine.path)
+    until(lambda: len(reader.waits) >= 30)
+    reader.close()
+
+    assert max(reader.waits) <= 1.0
 
 
 def test_a_socket_that_appears_later(tmp_path: Path) -> None:

@@ -82,6 +82,26 @@ def test_what_is_there_comes_and_goes(storage: Storage) -> None:
     assert storage.said == []
 
 
+def test_what_is_not_in_the_file_any_more(storage: Storage) -> None:
+    """It has gone."""
+    storage.directory = storage.source._directory = Directory(gone_max=0)
+    storage.write(json.dumps([entry(A, "web"), entry(B, "db")]).encode())
+    until(lambda: storage.name(A) == "web")
+    storage.write(json.dumps([entry(B, "db")]).encode())
+    until(lambda: storage.name(A) is None)
+
+    assert storage.name(B) == "db"
+
+
+def test_a_file_of_the_same_size(storage: Storage) -> None:
+    """It is another file all the same."""
+    storage.write(json.dumps([entry(A, "one")]).encode())
+    until(lambda: storage.name(A) == "one")
+    storage.write(json.dumps([entry(A, "two")]).encode())
+
+    until(lambda: storage.name(A) == "two")
+
+
 def test_files_of_every_driver_and_of_brief_containers(storage: Storage) -> None:
     """Newer podman keeps containers that do not outlive a boot in a file of their own."""
     storage.write(json.dumps([entry(A, "one")]).encode(), "vfs-containers/containers.json")
