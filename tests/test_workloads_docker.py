@@ -356,7 +356,7 @@ def test_a_long_silence_lists_again(engine: Engine, monkeypatch: pytest.MonkeyPa
     until(lambda: reader.name(B) == "unannounced")
     reader.close()
 
-    assert reader.said == []
+    assert (reader.said, reader.waits) == ([], [])
 
 
 def test_a_busy_stream_lists_again(engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
