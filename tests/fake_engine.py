@@ -36,12 +36,13 @@ class Engine:
     """``containers`` by id: name, image and labels; what the list alone tells: names of links to it, its state.
 
     One that has ``left`` is in the list, and cannot be asked about any more.
-    ``behaviour`` is one of those above. ``asked`` is every path.
+    ``odd`` are further entries of the list, as they are. ``behaviour`` is one of those above. ``asked`` is every path.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.containers: dict[str, dict[str, Any]] = {}
+        self.odd: list[object] = []
         self.behaviour = ANSWER
         self.asked: list[str] = []
         self.streams = 0
@@ -152,7 +153,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif url.path == "/containers/json":
             every = query.get("all") == ["true"]
             listed = [_listed(*one) for one in engine.containers.items()]
-            shown = [one for one in listed if every or one["State"] == "running"]
+            shown = [one for one in listed if every or one["State"] == "running"] + engine.odd
             self._answer(200, json.dumps({} if engine.behaviour == NO_LIST else shown).encode())
         else:
             found = engine.containers.get(url.path.split("/")[2])

@@ -424,6 +424,7 @@ def test_a_list_with_entries_that_are_none(engine: Engine, entry: object) -> Non
     """They are passed over; the others count."""
     engine.containers[A] = {"name": "web", "image": "nginx", "labels": None}
     engine.containers[B] = {"name": None, "image": None, "labels": entry}
+    engine.odd = [entry]
     reader = Reader(engine.path)
     until(lambda: reader.name(A) == "web")
     reader.close()
