@@ -337,8 +337,11 @@ class Kafka:
             self._process = None
 
     def pause(self) -> None:
-        """Stop answering without closing connections (SIGSTOP)."""
+        """Stop answering without closing connections (SIGSTOP); returns when no thread of it runs any more."""
         os.kill(self.pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        while any(" T " not in (task / "stat").read_text().rpartition(")")[2] for task in tasks.iterdir()):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """Answer again (SIGCONT)."""
