@@ -24,7 +24,7 @@ from pathlib import Path
 from tests.cluster import host
 from tests.cluster.build import debian, docker
 from tests.cluster.cache import cache, digest, done, made, say
-from tests.kernel.guests import MACHINES, _mirror, needs
+from tests.kernel.guests import MACHINES, mirror, needs
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -204,7 +204,7 @@ def base() -> Path:
                 done(
                     [
                         "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child=KILL",
-                        tools / "usr/sbin/debootstrap", "--variant=minbase", "bookworm", root, _mirror(),
+                        tools / "usr/sbin/debootstrap", "--variant=minbase", "bookworm", root, mirror(),
                     ],
                     "debootstrap cannot make a Debian",
                     env={**os.environ, "DEBOOTSTRAP_DIR": str(tools / "usr/share/debootstrap")},

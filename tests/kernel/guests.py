@@ -194,7 +194,7 @@ def _done(command: Sequence[str | Path], failure: str, **options: object) -> str
 
 
 @functools.cache
-def _mirror() -> str:
+def mirror() -> str:
     """Address of DEBIAN_MIRROR in the environment, else of the mirror that this system itself uses for Debian."""
     targets = ["indextargets", "--format", "$(REPO_URI) $(CODENAME)", "ORIGIN: Debian", "IDENTIFIER: Packages"]
     lines = _done(["apt-get", *targets], "apt-get cannot say which mirror it uses").splitlines()
@@ -232,7 +232,7 @@ class Apt:
             if not _KEYRING.exists():
                 raise GuestFailed(f"{_KEYRING} is missing; install it by `apt-get install debian-archive-keyring`")
             (folder / "sources.list").write_text(
-                f"deb [arch={debian} signed-by={_KEYRING}] {_mirror()} {suite} main\n", encoding="ascii"
+                f"deb [arch={debian} signed-by={_KEYRING}] {mirror()} {suite} main\n", encoding="ascii"
             )
             self._get(f"apt-get cannot read the list of packages of {self.name}", "update")
             read.touch()
