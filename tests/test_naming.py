@@ -6,6 +6,7 @@ what to announce and when (tests/fake_engine). Real engines are in test_runtimes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -190,9 +191,14 @@ def test_live_by_container(engine: Engine, options: tuple[str, ...], expected: l
     command = [
         BIN / "bindsnoop", "--workloads", "docker", "--docker-socket", engine.path, "--pid", str(os.getpid()), *options
     ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as process:
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        ) as process,
+        contextlib.ExitStack() as end,
+    ):
+        # Also when a row that is waited for never comes.
+        end.callback(process.kill)
         assert process.stdout
         header = process.stdout.readline()
         until(lambda: engine.streams == 1)
