@@ -2,12 +2,15 @@
 
 In: the ring of the tracer. Out: an archive (``--files``), a topic (``--topic``), or both. ``arrive`` and ``carry`` are
 the whole path of a burst, with a delay line between them, where it may wait for the names of its containers; ``run`` is
-the loop around it. Records leave the ring only when they are in the archive or in the queue for the topic. What a
-destination could not be given is declared in the stream, as a ``loss`` record with its positions.
+the loop around it. A batch is on disk, in the archive or in the spool, before the topic gets it and before its records
+leave the ring; it waits there until the topic has acknowledged it. Only where the disk refuses it waits in memory. What
+a destination could not be given is declared in the stream, as a ``loss`` record with its positions.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
 import secrets
@@ -23,12 +26,17 @@ from pipeline import config, event, telemetry
 from pipeline.errors import BindsnoopError, SinkUnavailable, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
 
-    from pipeline import archive, testimony, topic
+    from pipeline import archive, spool, testimony, topic
     from pipeline.tracer import Burst, Tracer
     from pipeline.workloads import Directory, Source
 
+
+_REFUSED_BYTES = 64 << 20
+"""How much is kept of what a topic refuses for itself."""
 
 _IDLE_SECS = 0.5
 """How often an agent looks around while nobody binds: whether it is to stop, and what its destinations want."""
@@ -48,11 +56,13 @@ class Batch(NamedTuple):
 
 
 class Undelivered(NamedTuple):
-    """Records that a destination will not get: positions, both included, and the cause."""
+    """Records that a destination will not get: positions, both included, and the cause. ``epoch`` where it is not the
+    present one."""
 
     first_pos: int
     last_pos: int
     cause: str
+    epoch: str = ""
 
 
 class Sink(Protocol):
@@ -60,69 +70,108 @@ class Sink(Protocol):
 
     name: str
 
-    def put(self, batch: Batch) -> None:
-        """Take the batch; return when it is as safe as this destination makes it."""
+    def put(self, batch: Batch, *, on_disk: bool) -> bool:
+        """Take the batch; return when it is as safe as this destination makes it, and whether it is on disk now.
+
+        ``on_disk``: a sink before this one has it there.
+        """
 
     def tick(self) -> list[Undelivered]:
         """Called at every turn of the loop: rotate, retry, and say what was given up since the last call."""
 
+    def declared(self) -> None:
+        """Everything that was given up so far is declared in records that every sink has."""
+
     def close(self, budget_secs: float) -> int:
-        """Deliver what is left within the budget; return how many records were not."""
+        """Deliver what is left within the budget; return how many records were not and are not on disk."""
 
 
 class Files:
-    """The archive as a sink. While the disk refuses, batches are held up to ``hold_bytes``, then the oldest goes."""
+    """The archive as a sink. While the disk refuses, batches are held up to ``hold_bytes``, then the oldest goes.
 
-    def __init__(self, writer: archive.Writer, directory: Path, hold_bytes: int, log: telemetry.Log) -> None:
-        self.name = f"files {directory}"
-        self._writer = writer
+    ``opened`` makes the writer. A ``spool`` is no destination: nobody is told what it could not be given, and a disk
+    that refuses from the beginning is asked again.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[], archive.Writer],
+        directory: Path,
+        hold_bytes: int,
+        log: telemetry.Log,
+        *,
+        spool: bool = False,
+    ) -> None:
+        """SinkUnavailable when the archive cannot be opened, but for a spool."""
+        self.name = f"{'spool' if spool else 'files'} {directory}"
+        self._opened = opened
+        self._spool = spool
+        self._writer: archive.Writer | None = None
         self._hold_bytes = hold_bytes
         self._log = log
         self._held: deque[Batch] = deque()
         self._held_bytes = 0
         self._refused: str | None = None
         self._given_up: list[Undelivered] = []
+        try:
+            self._writer = opened()
+        except SinkUnavailable as error:
+            if not spool:
+                raise
+            self._away(error)
 
-    def put(self, batch: Batch) -> None:
+    def put(self, batch: Batch, *, on_disk: bool) -> bool:  # noqa: ARG002 - it is the disk
         """Write the batch to disk, behind what is held."""
         self._held.append(batch)
         self._held_bytes += batch.datums.nbytes
         self._write()
+        safe = not self._held
         while self._held_bytes > self._hold_bytes and len(self._held) > 1:
             oldest = self._held.popleft()
             self._held_bytes -= oldest.datums.nbytes
             self._given_up.append(Undelivered(oldest.first_pos, oldest.last_pos, self._refused or "not written"))
+        return safe
 
     def tick(self) -> list[Undelivered]:
         """Rotate segments, delete what retention ends, and say what was given up."""
-        if self._held:
+        if self._held or self._writer is None:
             self._write()
         else:
             try:
                 for gone in self._writer.tick():
-                    self._log.info(
-                        "A segment was deleted, as --keep-bytes and --keep-age say.",
-                        path=gone.path,
-                        epoch=gone.epoch,
-                        first_pos=gone.first_pos,
-                        records=gone.count,
-                    )
+                    self._say_gone(gone)
             except SinkUnavailable as error:
                 self._away(error)
         given_up, self._given_up = self._given_up, []
-        return given_up
+        return [] if self._spool else given_up
+
+    def _say_gone(self, gone: archive.Retired) -> None:
+        where = {"path": gone.path, "epoch": gone.epoch, "first_pos": gone.first_pos, "records": gone.count}
+        if gone.unsent:
+            why = "on a full disk" if gone.full else "as the largest size or age says"
+            self._log.error(f"A segment was deleted {why}, and the topic has not acknowledged all of it.", **where)
+        elif gone.full:
+            self._log.warn("A segment was deleted to make room on a full disk.", **where)
+        elif not self._spool:
+            self._log.info("A segment was deleted, as --keep-bytes and --keep-age say.", **where)
+
+    def declared(self) -> None:
+        """Nothing waits for that."""
 
     def close(self, budget_secs: float) -> int:  # noqa: ARG002 - a disk answers at once or not at all
         """Close the segment; what is still held is lost."""
         self._write()
         try:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
         except SinkUnavailable as error:
             self._away(error)
-        return sum(len(batch.datums) for batch in self._held)
+        return 0 if self._spool else sum(len(batch.datums) for batch in self._held)
 
     def _write(self) -> None:
         try:
+            if self._writer is None:
+                self._writer = self._opened()
             while self._held:
                 batch = self._held[0]
                 self._writer.write(batch.datums, batch.first_pos, batch.times)
@@ -141,23 +190,78 @@ class Files:
 
 
 class Topic:
-    """A Kafka topic as a sink: a bounded queue, and a thread that delivers it in order."""
+    """A Kafka topic as a sink: a queue, on disk where there is an archive, and a thread that delivers it in order.
 
-    def __init__(self, delivery: topic.Delivery, name: str) -> None:
+    How far the topic has acknowledged is kept beside the archive. It is written only when all that will not be in the
+    topic before that place is declared: else a crash would leave a hole that nobody declares.
+    """
+
+    def __init__(self, make: Callable[[Topic], topic.Delivery], name: str, epoch: str, log: telemetry.Log) -> None:
         self.name = f"topic {name}"
-        self._delivery = delivery
+        self._epoch = epoch
+        self._log = log
+        self._acknowledged: spool.Acknowledged | None = None
+        self._behind: spool.Waiting | None = None
+        self._at: spool.Place | None = None
+        self._undeclared = False
+        self._delivery = make(self)
 
-    def put(self, batch: Batch) -> None:
-        """Queue the batch; when the queue is full its oldest batch is given up."""
-        self._delivery.put(batch.datums, batch.first_pos)
+    def keep(self, acknowledged: spool.Acknowledged, behind: Sequence[spool.Waiting]) -> None:
+        """From now on write how far it is; ``behind`` is what an earlier life left, and goes first."""
+        self._behind = behind[-1] if behind else None
+        self._delivery.put_before(behind)
+        self._acknowledged = acknowledged
+
+    def reached(self, epoch: str, pos: int) -> None:
+        """The topic has everything up to there, or will never have it. For the thread that delivers."""
+        from pipeline import spool
+
+        place = spool.Place(epoch, pos)
+        if self._behind is not None:
+            last = spool.Place(self._behind.epoch, self._behind.last_pos)
+            if place > last:
+                return  # was on its way when an older epoch was put before it
+            if place == last:
+                self._behind = None
+        self._at = place
+
+    def put(self, batch: Batch, *, on_disk: bool) -> bool:
+        """Queue the batch. When memory is full it waits on disk; the oldest that is not there is given up."""
+        self._delivery.put(batch.datums, batch.first_pos, epoch=self._epoch, on_disk=on_disk)
+        return False
 
     def tick(self) -> list[Undelivered]:
         """What was given up or refused since the last call."""
-        return [Undelivered(gone.first_pos, gone.last_pos, gone.reason) for gone in self._delivery.take_dropped()]
+        at = self._at  # before the question what was dropped: all of that lies before it
+        dropped = self._delivery.take_dropped()
+        self._undeclared |= bool(dropped)
+        if at is not None and not self._undeclared:
+            self._write(at)
+        return [
+            Undelivered(gone.first_pos, gone.last_pos, gone.reason, "" if gone.epoch == self._epoch else gone.epoch)
+            for gone in dropped
+        ]
+
+    def declared(self) -> None:
+        """What the topic will not have is said: the place behind it may be written."""
+        self._undeclared = False
 
     def close(self, budget_secs: float) -> int:
-        """Deliver what is queued within the budget."""
-        return self._delivery.drain(budget_secs)
+        """Deliver what is queued within the budget; what is on disk waits for the next life."""
+        left = self._delivery.drain(budget_secs)
+        queued = self._delivery.stats().queued
+        if queued > left:
+            self._log.info("Records wait on disk for the next start.", destination=self.name, records=queued - left)
+        if self._at is not None and not self._delivery.take_dropped() and not self._undeclared:
+            self._write(self._at, now=True)
+        return left
+
+    def _write(self, at: spool.Place, *, now: bool = False) -> None:
+        if self._acknowledged is not None:
+            self._acknowledged.reached(at)
+            # A disk that refuses is said by the archive; what is not noted is sent again.
+            with contextlib.suppress(SinkUnavailable):
+                self._acknowledged.tick(now=now)
 
 
 class Clock:
@@ -259,11 +363,12 @@ class Ledger:
     def add(self, gaps: Iterable[Undelivered]) -> None:
         """Note what the destination gave up, oldest first."""
         for gap in gaps:
-            for pos, said in self._declared:
-                if gap.first_pos <= pos <= gap.last_pos:
-                    self._note(said)
-            # Batches are given up oldest first: what was declared before this one has arrived.
-            self._declared = [(pos, said) for pos, said in self._declared if pos > gap.last_pos]
+            if not gap.epoch:
+                for pos, said in self._declared:
+                    if gap.first_pos <= pos <= gap.last_pos:
+                        self._note(said)
+                # Batches are given up oldest first: what was declared before this one has arrived.
+                self._declared = [(pos, said) for pos, said in self._declared if pos > gap.last_pos]
             self._note(gap)
 
     def take(self) -> list[Undelivered]:
@@ -277,7 +382,7 @@ class Ledger:
 
     def _note(self, gap: Undelivered) -> None:
         last = self._gaps[-1] if self._gaps else None
-        if last and last.last_pos + 1 == gap.first_pos and last.cause == gap.cause:
+        if last and (last.epoch, last.cause, last.last_pos + 1) == (gap.epoch, gap.cause, gap.first_pos):
             self._gaps[-1] = last._replace(last_pos=gap.last_pos)
         else:
             self._gaps.append(gap)
@@ -312,8 +417,9 @@ def run(
 
     def emit(numbered: pa.RecordBatch) -> None:
         batch = Batch(avro.encode(numbered), numbered.column("time"), numbered.column("pos")[0].as_py())
+        on_disk = False
         for sink in sinks:
-            sink.put(batch)
+            on_disk |= sink.put(batch, on_disk=on_disk)
 
     def take(timeout_secs: float, idle_secs: float = 0.0) -> bool:
         # While records wait in the ring the kernel does not wake anybody for the next one.
@@ -344,7 +450,9 @@ def run(
             for gap in ledger.take():
                 ledger.declared(gap, stream.next_pos)
                 said.note(gap.last_pos - gap.first_pos + 1, time.monotonic())
-                emit(stream.undelivered(clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos))
+                cause = f"{gap.cause} (of epoch {gap.epoch})" if gap.epoch else gap.cause
+                emit(stream.undelivered(clock.now_us(), sink.name, cause, gap.first_pos, gap.last_pos))
+            sink.declared()
 
     def close_interval(batch: pa.RecordBatch) -> None:
         lost_line.note(stream.lost_in(batch), time.monotonic())
@@ -415,40 +523,131 @@ def framing(settings: config.AgentConfig) -> Callable[[pa.BinaryArray], list[byt
     return frame
 
 
+def unpack(block: archive.Block) -> tuple[npt.NDArray[np.int64], pa.BinaryArray]:
+    """Positions and datums of a block of the archive, as they were when it was written. Damaged."""
+    from pipeline import avro
+
+    batch = avro.decode_block(block.payload, block.count, avro.admit(block.schema_text))
+    return batch.column("pos").to_numpy(), avro.encode(batch)
+
+
 def sinks_of(settings: config.AgentConfig, epoch: str, log: telemetry.Log) -> list[Sink]:
-    """The destinations that the settings name."""
+    """The destinations that the settings name; what is written to disk comes first."""
     made: list[Sink] = []
-    if settings.files is not None:
-        from pipeline import archive
+    to_topic = None if settings.topic is None else _topic_of(settings, settings.topic, epoch, log)
+    directory = _store_of(settings)
+    if directory is not None:
+        opened = functools.partial(_open_store, settings, directory, epoch, to_topic, log)
+        made.append(Files(opened, directory, settings.queue_bytes, log, spool=settings.files is None))
+    if to_topic is not None:
+        made.append(to_topic)
+    return made
 
-        writer = archive.Writer(
-            settings.files,
+
+def _store_of(settings: config.AgentConfig) -> Path | None:
+    """Where batches are written before they are sent: the archive that was asked for, else the spool."""
+    return settings.files or (settings.spool if settings.topic is not None else None)
+
+
+def _open_store(
+    settings: config.AgentConfig, directory: Path, epoch: str, to_topic: Topic | None, log: telemetry.Log
+) -> archive.Writer:
+    """The writer, and behind it what an earlier life has left for the topic. SinkUnavailable."""
+    from pipeline import archive, spool
+
+    own = settings.files is None
+    acknowledged = None
+    if to_topic is not None:
+        acknowledged = spool.Acknowledged(
+            directory,
             node=settings.node,
-            epoch=epoch,
-            segment_bytes=settings.segment_bytes,
-            segment_secs=settings.segment_age,
-            keep_bytes=settings.keep_bytes,
-            keep_secs=settings.keep_age,
-            now=time.time,
+            topic=settings.topic or "",
+            last_pos=lambda segment: spool.last_position(segment, unpack),
         )
-        made.append(Files(writer, settings.files, settings.queue_bytes, log))
-    if settings.topic is not None:
-        from pipeline import topic
+    writer = archive.Writer(
+        directory,
+        node=settings.node,
+        epoch=epoch,
+        segment_bytes=min(settings.segment_bytes, settings.spool_bytes // 8) if own else settings.segment_bytes,
+        segment_secs=settings.segment_age,
+        keep_bytes=settings.spool_bytes if own else settings.keep_bytes,
+        keep_secs=settings.spool_age if own else settings.keep_age,
+        receipt=acknowledged,
+        spool=own,
+        now=time.time,
+    )
+    if to_topic is not None and acknowledged is not None:
+        if acknowledged.damage is not None:
+            log.warn(f"{acknowledged.damage.rstrip('.')}; everything that is there is sent again.")
+        # An archive that never had this topic is none of its backlog.
+        new = acknowledged.at is None and acknowledged.damage is None and not own
+        after = spool.Place(epoch, -1) if new else acknowledged.at
+        behind = spool.left_by_earlier_lives(directory, settings.node, after, unpack)
+        if behind:
+            count = sum(waiting.last_pos - waiting.first_pos + 1 for waiting in behind)
+            log.info("Records of an earlier life wait on disk and are sent first.", records=count)
+        to_topic.keep(acknowledged, behind)
+        acknowledged.reached(
+            spool.Place(behind[0].epoch, behind[0].first_pos - 1) if behind else spool.Place(epoch, -1)
+        )
+        acknowledged.tick(now=True)
+    return writer
 
-        client = topic.settings(settings.bootstrap_servers, settings.properties, settings.properties_file)
-        create = topic.Creation(partitions=1) if settings.create_topic else None
-        # The publisher and whoever retries it say the same of a broker that is away, at every attempt.
-        say = telemetry.Sparing(log.say)
-        publisher = topic.Publisher(settings.topic, client, key=settings.node, create=create, say=say)
-        delivery = topic.Delivery(
+
+def _topic_of(settings: config.AgentConfig, name: str, epoch: str, log: telemetry.Log) -> Topic:
+    from pipeline import spool, topic
+
+    client = topic.settings(settings.bootstrap_servers, settings.properties, settings.properties_file)
+    create = topic.Creation(partitions=1) if settings.create_topic else None
+    # The publisher and whoever retries it say the same of a broker that is away, at every attempt.
+    say = telemetry.Sparing(log.say)
+    publisher = topic.Publisher(name, client, key=settings.node, create=create, say=say)
+    directory = _store_of(settings)
+
+    def make(sink: Topic) -> topic.Delivery:
+        return topic.Delivery(
             publisher,
             frame=framing(settings),
             queue_bytes=settings.queue_bytes,
             linger_secs=settings.linger,
             say=say,
+            backlog=None if directory is None else spool.Backlog(directory, settings.node, unpack),
+            reached=sink.reached,
+            refused=functools.partial(_set_aside, settings, directory, log),
         )
-        made.append(Topic(delivery, settings.topic))
-    return made
+
+    return Topic(make, name, epoch, log)
+
+
+def _set_aside(
+    settings: config.AgentConfig,
+    directory: Path | None,
+    log: telemetry.Log,
+    epoch: str,
+    positions: Sequence[int],
+    messages: Sequence[bytes],
+    reason: str,
+) -> None:
+    """Writes messages that the topic refuses for themselves into an archive of their own, below ``refused``."""
+    from pipeline import archive, avro
+
+    said = {"epoch": epoch, "first_pos": positions[0], "records": len(positions)}
+    if directory is None:
+        log.error(f"{reason}; there is no --spool to set them aside in.", **said)
+        return
+    batch = avro.decode_messages(list(messages), lambda _: avro.ours()).batch
+    try:
+        writer = archive.Writer(
+            directory / "refused", node=settings.node, epoch=epoch, keep_bytes=_REFUSED_BYTES, now=time.time
+        )
+        # Their positions have holes, and a segment is named by its first.
+        writer.write(avro.encode(batch), positions[0], batch.column("time"))
+        writer.close()
+        writer.retire()
+    except SinkUnavailable as error:
+        log.error(f"{reason}; they cannot be set aside: {error}", **said)  # noqa: TRY400 - one sentence
+    else:
+        log.error(f"{reason}; they are set aside.", path=directory / "refused", **said)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

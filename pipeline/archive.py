@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,7 @@ MAX_OPEN = 4
 _MAGIC = b"Obj\x01"
 _PARTIAL = ".partial"
 _ALLOCATE_AHEAD = 4 << 20
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SETTLE_SECS = 60
 _RETIRE_SECS = 60
 _DAY_US = 86_400_000_000
@@ -108,13 +109,25 @@ def _check(metadata: dict[str, bytes], sync: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """A segment that retention deleted: ``count`` records from ``first_pos`` on. ``last_pos`` where it is certain."""
+    """A segment that retention deleted: ``count`` records from ``first_pos`` on. ``last_pos`` where it is certain.
+
+    ``unsent``: something in it was not acknowledged. ``full``: it went to make room on a full disk.
+    """
 
     path: Path
     epoch: str
     first_pos: int
     last_pos: int | None
     count: int
+    unsent: bool = False
+    full: bool = False
+
+
+class Receipt(Protocol):
+    """What a destination has acknowledged, for a writer whose segments wait for it."""
+
+    def covers(self, segment: SegmentFile, last_pos: int | None) -> bool:
+        """Whether everything in a segment is acknowledged; ``last_pos`` is None when an earlier life wrote it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +140,7 @@ class _Segment:
     opened: float
     size: int = 0
     count: int = 0
+    last_pos: int = -1
     allocated: int = 0
 
 
@@ -136,7 +150,11 @@ class Writer:
     ``segment_bytes`` and ``segment_secs`` close a segment; ``keep_bytes`` and ``keep_secs`` (None: for ever) bound what
     is kept of this node, whoever wrote it. ``now`` is seconds since 1970. Every method raises SinkUnavailable, with one
     sentence, when the disk refuses; the writer stays usable and the same call may be made again. A segment that met an
-    error is closed, and the next one is a new file.
+    error is closed, and the next one is a new file. On a full disk the oldest closed segments of this node go, 4 MiB at
+    a time.
+
+    With a ``receipt`` segments wait for a destination: age ends only what is acknowledged, bytes also what is not. A
+    ``spool`` is there for nothing else: what is acknowledged goes at once, and age ends the rest too.
     """
 
     def __init__(
@@ -149,17 +167,23 @@ class Writer:
         segment_secs: float = 3600,
         keep_bytes: int | None = None,
         keep_secs: float | None = None,
+        receipt: Receipt | None = None,
+        spool: bool = False,
         now: Callable[[], float],
     ) -> None:
         self._directory = Path(directory)
         self._node = node
-        self._folder = f"node={_safe(node)}"
+        self._folder = f"node={safe(node)}"
         self._epoch = epoch
         self._segment_bytes = segment_bytes
         self._segment_secs = segment_secs
         self._keep_bytes = keep_bytes
         self._keep_secs = keep_secs
+        self._receipt = receipt
+        self._spool = spool
         self._now = now
+        self._last_pos: dict[Path, int] = {}
+        self._made_room: list[Retired] = []
         self._open: dict[int, _Segment] = {}
         self._unsettled: list[_Segment] = []
         self._retire_at = -math.inf
@@ -178,29 +202,50 @@ class Writer:
         if len(datums) == 0:
             return
         times = _microseconds(times_us)
-        days = times // _DAY_US
         with self._disk():
-            self._settle()
-            # Here and not when one is opened: what this write puts into a segment counts only when all of it is safe.
-            while len(self._open) > MAX_OPEN:
-                self._close(next(iter(self._open)))
-            written: list[tuple[_Segment, int, int]] = []
             try:
-                if (days == days[0]).all():
-                    self._append(int(days[0]), datums, first_pos, int(times[0]), written)
-                else:
-                    for day in dict.fromkeys(days.tolist()):
-                        places = np.flatnonzero(days == day)
-                        first = int(places[0])
-                        self._append(day, datums.take(pa.array(places)), first_pos + first, int(times[first]), written)
-                for segment, _, _ in written:
-                    os.fdatasync(segment.fd)
-            except BaseException:
-                self._spoil([segment for segment, _, _ in written])
+                self._write(datums, first_pos, times)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                self._write_where_it_is_full(datums, first_pos, times)
+
+    def _write_where_it_is_full(
+        self, datums: pa.BinaryArray, first_pos: int, times: np.ndarray[Any, np.dtype[np.int64]]
+    ) -> None:
+        # The failure has given back what its segment had reserved; only when that is not enough a segment goes.
+        try:
+            self._write(datums, first_pos, times)
+        except OSError as error:
+            if error.errno not in _FULL or not self._make_room():
                 raise
-            for segment, size, count in written:
-                segment.size = size
-                segment.count += count
+            self._write(datums, first_pos, times)
+
+    def _write(self, datums: pa.BinaryArray, first_pos: int, times: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        days = times // _DAY_US
+        self._settle()
+        # Here and not when one is opened: what this write puts into a segment counts only when all of it is safe.
+        while len(self._open) > MAX_OPEN:
+            self._close(next(iter(self._open)))
+        written: list[tuple[_Segment, int, int, int]] = []
+        try:
+            if (days == days[0]).all():
+                self._append(int(days[0]), datums, first_pos, first_pos + len(datums) - 1, int(times[0]), written)
+            else:
+                for day in dict.fromkeys(days.tolist()):
+                    places = np.flatnonzero(days == day)
+                    first, last = int(places[0]), int(places[-1])
+                    chosen = datums.take(pa.array(places))
+                    self._append(day, chosen, first_pos + first, first_pos + last, int(times[first]), written)
+            for segment, _, _, _ in written:
+                os.fdatasync(segment.fd)
+        except BaseException:
+            self._spoil([segment for segment, _, _, _ in written])
+            raise
+        for segment, size, count, last_pos in written:
+            segment.size = size
+            segment.count += count
+            segment.last_pos = last_pos
 
     def tick(self) -> list[Retired]:
         """Close segments that are old, even when nothing is written; then, when one was closed since the last time or a
@@ -215,15 +260,16 @@ class Writer:
         return self.retire() if self._now() >= self._retire_at else []
 
     def retire(self) -> list[Retired]:
-        """Delete closed segments of this node, the oldest first, that are too old or too many bytes; say which.
+        """Delete closed segments of this node, the oldest first, that are too old or too many bytes, and in a spool
+        what is acknowledged; say which, and what went since the last time to make room on a full disk.
 
         A segment that cannot be read any more is deleted all the same, with a count of what is left of it.
         """
-        if self._keep_bytes is None and self._keep_secs is None:
-            return []
-        with self._disk():
-            retired = self._retire()
-        self._retire_at = self._now() + _RETIRE_SECS
+        retired, self._made_room = self._made_room, []
+        if self._keep_bytes is not None or self._keep_secs is not None or self._spool:
+            with self._disk():
+                retired += self._retire()
+            self._retire_at = self._now() + _RETIRE_SECS
         return retired
 
     def close(self) -> None:
@@ -240,8 +286,9 @@ class Writer:
         day: int,
         datums: pa.BinaryArray,
         first_pos: int,
+        last_pos: int,
         first_us: int,
-        written: list[tuple[_Segment, int, int]],
+        written: list[tuple[_Segment, int, int, int]],
     ) -> None:
         """Writes to the day's segment and notes it in ``written``; the caller syncs, and counts when all are safe."""
         data = [self._block(part) for part in _parts(datums)]
@@ -253,7 +300,7 @@ class Writer:
         if segment is None:
             segment = self._start(day, first_pos, first_us)
         end = segment.size + length
-        written.append((segment, end, len(datums)))
+        written.append((segment, end, len(datums), last_pos))
         if os.fstat(segment.fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "The segment was deleted", str(segment.path))
         if end > segment.allocated:
@@ -272,7 +319,7 @@ class Writer:
         start = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=first_us)
         folder = self._directory / f"date={start:%Y-%m-%d}" / self._folder
         _make_folders(folder, self._directory)
-        stem = f"{start:%Y%m%dT%H%M%S}Z-{_safe(self._epoch)}-{first_pos}"
+        stem = f"{start:%Y%m%dT%H%M%S}Z-{safe(self._epoch)}-{first_pos}"
         again = 0
         while True:
             path = folder / f"{stem}{f'-{again}' if again else ''}.avro{_PARTIAL}"
@@ -294,7 +341,7 @@ class Writer:
             }
             header = _header(metadata | {"bindsnoop.check": _check(metadata, sync)}, sync)
             _write_all(fd, header, 0)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError:
             self._unsettled.append(segment)
             self._try_to_settle()
@@ -332,7 +379,7 @@ class Writer:
                 # The time of the last write by our own clock: retention counts from it.
                 os.utime(segment.fd, (self._now(), self._now()))
                 with contextlib.suppress(FileNotFoundError):  # its folder was moved away
-                    _finish(segment.path, keep=segment.count > 0)
+                    self._last_pos[_finish(segment.path, keep=segment.count > 0)] = segment.last_pos
             os.close(segment.fd)
             self._unsettled.pop(0)
 
@@ -359,35 +406,68 @@ class Writer:
     # --- retention
 
     def _retire(self) -> list[Retired]:
-        states: list[tuple[Path, os.stat_result]] = []
+        states = self._closed()
+        total = sum(state.st_size for _, state in states) + sum(segment.size for segment in self._open.values())
+        starts = self._starts(states)
+        retired = []
+        for path, state in states:
+            sent = self._is_sent(path)
+            old = self._keep_secs is not None and self._now() - state.st_mtime > self._keep_secs
+            many = self._keep_bytes is not None and total > self._keep_bytes
+            if many or (old and (sent or self._spool)) or (sent and self._spool):
+                retired.append(self._delete(path, starts, unsent=not sent))
+                total -= state.st_size
+        return retired
+
+    def _make_room(self) -> bool:
+        """Deletes the oldest closed segments, as many as give room for what an open one reserves.
+
+        False when all together are less: it would not last, and what they hold is worth more.
+        """
+        states, room = self._closed(), 0
+        if sum(state.st_size for _, state in states) < _ALLOCATE_AHEAD:
+            return False
+        starts = self._starts(states)
+        for path, state in states:
+            gone = self._delete(path, starts, unsent=not self._is_sent(path))
+            self._made_room.append(replace(gone, full=True))
+            room += state.st_size
+            if room >= _ALLOCATE_AHEAD:
+                break
+        self._retire_at = -math.inf
+        return True
+
+    def _closed(self) -> list[tuple[Path, os.stat_result]]:
+        """Closed segments of this node, the oldest first."""
+        states = []
         for path in self._directory.glob(f"date=*/{_escaped(self._folder)}/*.avro"):
             with contextlib.suppress(FileNotFoundError):
                 if _NAME.fullmatch(path.name):
                     states.append((path, path.stat()))
-        states.sort(key=lambda state: _order(state[0]))
-        starts = [(named["epoch"], int(named["first"])) for named in map(_named, self._paths(states))]
-        total = sum(state.st_size for _, state in states) + sum(segment.size for segment in self._open.values())
-        retired = []
-        for path, state in states:
-            old = self._keep_secs is not None and self._now() - state.st_mtime > self._keep_secs
-            many = self._keep_bytes is not None and total > self._keep_bytes
-            if old or many:
-                named = _named(path)
-                epoch, first = named["epoch"], int(named["first"])
-                count = _count(path)
-                path.unlink()
-                _sync_folder(path.parent)
-                for folder in (path.parent, path.parent.parent):
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-                total -= state.st_size
-                # Certain when the next segment goes on where this one must have ended.
-                goes_on = (epoch, first + count) in starts
-                retired.append(Retired(path, epoch, first, first + count - 1 if goes_on else None, count))
-        return retired
+        return sorted(states, key=lambda state: _order(state[0]))
 
-    def _paths(self, states: list[tuple[Path, os.stat_result]]) -> list[Path]:
-        return [path for path, _ in states] + [segment.path for segment in self._open.values()]
+    def _starts(self, states: list[tuple[Path, os.stat_result]]) -> set[tuple[str, int]]:
+        paths = [path for path, _ in states] + [segment.path for segment in self._open.values()]
+        return {(named["epoch"], int(named["first"])) for named in map(_named, paths)}
+
+    def _is_sent(self, path: Path) -> bool:
+        if self._receipt is None:
+            return True
+        named = _named(path)
+        return self._receipt.covers(SegmentFile(path, named["epoch"], int(named["first"])), self._last_pos.get(path))
+
+    def _delete(self, path: Path, starts: set[tuple[str, int]], *, unsent: bool) -> Retired:
+        epoch, first = _named(path)["epoch"], int(_named(path)["first"])
+        count = _count(path)
+        path.unlink()
+        sync_folder(path.parent)
+        for folder in (path.parent, path.parent.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._last_pos.pop(path, None)
+        # Certain when the next segment goes on where this one must have ended.
+        goes_on = (epoch, first + count) in starts
+        return Retired(path, epoch, first, first + count - 1 if goes_on else None, count, unsent)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -400,8 +480,8 @@ class Writer:
             ) from error
 
 
-def _safe(name: str) -> str:
-    """A name as one part of a path: anything but letters, digits, ``.``, ``_`` and ``-`` becomes ``%XX``."""
+def safe(name: str) -> str:
+    """Any name as one part of a path: anything but letters, digits, ``.``, ``_`` and ``-`` becomes ``%XX``."""
     raw = name.encode("utf-8", "surrogateescape")
     text = "".join(
         chr(byte) if byte < 128 and (chr(byte).isalnum() or byte in b"._-") else f"%{byte:02X}" for byte in raw
@@ -474,10 +554,11 @@ def _make_folders(folder: Path, top: Path) -> None:
     if folder != top:
         _make_folders(folder.parent, top)
     folder.mkdir(exist_ok=True, parents=folder == top)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder safe."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -485,10 +566,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _finish(path: Path, *, keep: bool) -> None:
-    """``*.partial`` gets its name, or goes when nothing is in it."""
+def _finish(path: Path, *, keep: bool) -> Path:
+    """``*.partial`` gets its name, which is returned, or goes when nothing is in it."""
+    final = path.with_suffix("")
     if keep:
-        final = path.with_suffix("")
         again = 0
         while final.exists():
             again += 1
@@ -496,7 +577,8 @@ def _finish(path: Path, *, keep: bool) -> None:
         path.rename(final)
     else:
         path.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+    return final
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -608,6 +690,32 @@ def _in_range(path: Path, since_us: int | None, until_us: int | None) -> bool:
     return (since_us is None or day + _DAY_US > since_us) and (until_us is None or day < until_us)
 
 
+class SegmentFile(NamedTuple):
+    """A segment on disk, open or closed, by its name."""
+
+    path: Path
+    epoch: str
+    first_pos: int
+
+
+def segments(directory: Path, node: str) -> list[SegmentFile]:
+    """All segments of one node below ``directory``, ordered by path; none where there is no such folder."""
+    folder = _escaped(f"node={safe(node)}")
+    paths = directory.glob(f"date=*/{folder}/*.avro*")
+    named = sorted(
+        ((path, found) for path in paths if (found := _NAME.fullmatch(path.name))), key=lambda one: _order(one[0])
+    )
+    return [SegmentFile(path, found["epoch"], int(found["first"])) for path, found in named]
+
+
+def read_segment(path: Path, start: int = 0) -> Iterator[Block | Unread]:
+    """The blocks of one file, in order, small ones joined, as ``read``; also when its writer closes it meanwhile.
+
+    ``start`` is the offset of a block, from where on they are wanted.
+    """
+    return _read_file(path, start)
+
+
 class _File:
     """Reads a file by pieces of a MiB. Not by mmap: a writer that cuts its file would kill the reader."""
 
@@ -660,7 +768,7 @@ class _Head:
     note: str = ""
 
 
-def _read_file(path: Path) -> Iterator[Block | Unread]:
+def _read_file(path: Path, start: int = 0) -> Iterator[Block | Unread]:
     partial = path.name.endswith(_PARTIAL)
     try:
         try:
@@ -676,7 +784,7 @@ def _read_file(path: Path) -> Iterator[Block | Unread]:
         return
     at = 0
     try:
-        for item in _joined(_blocks(path, file, partial=partial)):
+        for item in _joined(_blocks(path, file, partial=partial, start=start)):
             at = item.end if isinstance(item, Unread) else item.offset
             yield item
     except OSError as error:
@@ -731,7 +839,7 @@ def _join(blocks: list[Block]) -> Block:
     )
 
 
-def _blocks(path: Path, file: _File, *, partial: bool) -> Iterator[Block | Unread]:
+def _blocks(path: Path, file: _File, *, partial: bool, start: int = 0) -> Iterator[Block | Unread]:
     """Every block of one file that is whole, in order, and what lies between them.
 
     The blocks are parted by the marker that the header names. One whose marker is damaged, but whose own checksum is
@@ -751,14 +859,14 @@ def _blocks(path: Path, file: _File, *, partial: bool) -> Iterator[Block | Unrea
         allowed = ", ".join(_CODECS)
         yield Unread(path, head.end, file.size, f"{path} has the codec {head.codec!r}; allowed are {allowed}.")
         return
-    at = head.end
+    at = max(head.end, start)
     while at < file.size:
         try:
-            count, start, end = _frame(file, at)
+            count, begin, end = _frame(file, at)
             marked = file.piece(end, 16) == head.sync
-            if not marked and not (head.codec == "zstandard" and _has_checksum(file.piece(start, 6))):
+            if not marked and not (head.codec == "zstandard" and _has_checksum(file.piece(begin, 6))):
                 raise DatumDamaged("the marker behind a block is missing")
-            payload = unpack(file.piece(start, end - start)) if end > start else b""
+            payload = unpack(file.piece(begin, end - begin)) if end > begin else b""
             if (count == 0) != (payload == b""):
                 raise DatumDamaged(f"a block of {count} events has {len(payload)} bytes")
         except (IndexError, *_UNPACK_ERRORS) as error:

@@ -67,6 +67,9 @@ class AgentConfig:
     podman_storage: Path
     name_delay: float
     queue_bytes: int
+    spool: Path | None
+    spool_bytes: int
+    spool_age: float | None
     linger: float
     shutdown: float
     lock: Path
@@ -577,6 +580,18 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "queue-bytes", _size("1MiB", "64GiB"), "What waits in memory for a destination that is away.",
         _A, _STREAM, "64MiB",
+    ),
+    Option(
+        "spool", _or_none(_DIRECTORY), "Where events are on disk before --topic gets them, when there are no --files.",
+        _A, _STREAM, "/var/lib/bindsnoop",
+    ),
+    Option(
+        "spool-bytes", _size("1MiB", "1024TiB"), "Delete the oldest of the spool beyond this size.", _A, _STREAM,
+        "1GiB",
+    ),
+    Option(
+        "spool-age", _or_none(_duration("1m")), "Delete from the spool what is older than this, or none.", _A, _STREAM,
+        "none",
     ),
     Option("linger", _duration("0s"), "How long to collect a batch for Kafka.", _A, _KAFKA, "50ms"),
     Option("segment-bytes", _size("64KiB", "16GiB"), "A new file after so many bytes.", _A, _ARCHIVE, "64MiB"),

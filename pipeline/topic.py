@@ -6,9 +6,10 @@ one of ours here, with one sentence for a person; nothing of the client reaches 
 
 Why it looks as it does:
 
-* The only destination that may drop an event is a full queue, and then the oldest goes and is reported. No error of a
-  broker does: the table of errors knows what is refused for itself (``_REFUSED``), and everything else is tried again.
-  The client's own ``retriable()`` says False for almost everything, so it is never asked.
+* What waits is on disk where there is one, and then nothing is dropped; else a full queue may drop its oldest, which is
+  reported. No error of a broker drops an event: the table of errors knows what is refused for itself (``_REFUSED``),
+  and everything else is tried again. The client's own ``retriable()`` says False for almost everything, so it is
+  never asked.
 * One publisher, one producer, acknowledged by all replicas and idempotent: a broker that dies and returns neither
   loses nor doubles. Only a producer that is dead itself is replaced, and then what was not acknowledged is sent again;
   (epoch, pos) tells the copies apart.
@@ -30,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
@@ -46,6 +47,8 @@ from pipeline.errors import (
 from pipeline.event import printable
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
 
 Say = Callable[[str, str], None]
@@ -284,19 +287,20 @@ def ensure_topic(
     # The admin client's modules are needed by agents only; a reader starts without them.
     from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType  # type: ignore[attr-defined]
 
-    troubles = _Troubles(topic, chosen, say)
-    own = {"client.id": "bindsnoop-agent"}
-    admin = AdminClient(_client(chosen, troubles, own))
+    missing = False
     try:
         # A consumer asks, because a producer's or an admin's question makes the topic where the broker allows it.
         with _Source(topic, chosen, say, SinkUnavailable) as source:
             count = len(source.partitions(stopping))
-    except SinkUnavailable as error:
-        if not isinstance(error, _Missing):
-            raise
+    except _Missing as error:
         if not create:
             hint = "create it, or let the agent do so by --create-topic"
             raise SinkUnavailable(f"{error}: {hint}") from error
+        missing = True
+    troubles = _Troubles(topic, chosen, say)
+    # Not before: what it heard while Kafka was away would be said after Kafka works again.
+    admin = AdminClient(_client(chosen, troubles, {"client.id": "bindsnoop-agent"}))
+    if missing:
         wanted = {"message.timestamp.type": "LogAppendTime", "compression.type": "zstd"}
         request = NewTopic(topic, num_partitions=partitions, replication_factor=replication, config=wanted)
         try:
@@ -393,10 +397,14 @@ class Publisher:
         *,
         key: str,
         create: Creation | None = None,
+        silent_secs: float = 300.0,
         say: Say = _quiet,
     ) -> None:
+        """When a connection that works has acknowledged nothing for ``silent_secs``, a new one is made."""
         self.topic = topic
         self.unacknowledged: list[int] = []
+        self._silent_secs = silent_secs
+        self._silent = False
         self._chosen, self._create = dict(chosen), create
         self._key = key.encode()
         self._troubles = _Troubles(topic, chosen, say)
@@ -418,7 +426,7 @@ class Publisher:
         too_large: list[tuple[list[int], int]] = []
         pieces: deque[Sequence[int]] = deque(_pieces(values))
         self._connect()
-        while pieces and self._troubles.fatal is None and not self._given_up.is_set():
+        while pieces and not (self._troubles.fatal or self._silent or self._given_up.is_set()):
             piece = pieces.popleft()
             if isinstance(piece, range):
                 failures = self._send(values[piece.start : piece.stop])
@@ -443,6 +451,14 @@ class Publisher:
         if fatal is not None:
             self._discard()
             raise SinkFatal(f"the Kafka producer of topic {self.topic} is dead ({fatal.str()}); a new one takes over")
+        if self._silent:
+            self._silent = False
+            self._discard()
+            where = self._chosen.get("bootstrap.servers", DEFAULT_BOOTSTRAP)
+            raise SinkUnavailable(
+                f"Kafka at {where} takes events for topic {self.topic} and has acknowledged none for "
+                f"{self._silent_secs:g} s; a new connection is made"
+            )
         if self.unacknowledged:
             count = len(self.unacknowledged)
             if kept:
@@ -545,7 +561,9 @@ class Publisher:
         return failures
 
     def _settle(self, producer: Producer, *, purge: bool) -> None:
-        """Wait until every message has its report. A dead producer, or ``give_up``, ends the waiting by a purge."""
+        """Wait until every message has its report. A dead producer, one that is silent, or ``give_up`` ends the
+        waiting by a purge."""
+        left, since = len(producer), time.monotonic()
         while not purge:
             try:
                 if not producer.flush(0.2):
@@ -553,7 +571,10 @@ class Publisher:
             except KafkaException as error:
                 # A producer that died says so here, although its messages still lack their reports.
                 self._troubles.fatal = self._troubles.fatal or error.args[0]
-            purge = self._troubles.fatal is not None or self._given_up.is_set()
+            if len(producer) < left or self._troubles.last is not None:
+                left, since = len(producer), time.monotonic()
+            self._silent = time.monotonic() - since >= self._silent_secs
+            purge = self._silent or self._troubles.fatal is not None or self._given_up.is_set()
         producer.purge()
         while len(producer):
             producer.poll(0.1)
@@ -600,10 +621,12 @@ class Dropped:
     last_pos: int
     count: int
     reason: str
+    epoch: str = ""
 
 
 class Stats(NamedTuple):
-    """Events waiting (``queued``, with ``queued_bytes``), and those that left, by how; ``last_error`` or ``""``."""
+    """Events waiting (``queued``, of which ``queued_bytes`` are held in memory), and those that left, by how;
+    ``last_error`` or ``""``."""
 
     queued: int
     queued_bytes: int
@@ -613,28 +636,69 @@ class Stats(NamedTuple):
     last_error: str
 
 
-class _Batch(NamedTuple):
-    datums: pa.BinaryArray
+class Part(Protocol):
+    """Records that were read back: ``positions``, ascending, and a datum for each. Where there are none, ``reason``
+    says why those from ``first_pos`` to ``last_pos`` cannot be had."""
+
+    @property
+    def first_pos(self) -> int: ...
+    @property
+    def last_pos(self) -> int: ...
+    @property
+    def positions(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def datums(self) -> pa.BinaryArray: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class Backlog(Protocol):
+    """Reads back what waits on disk. One thread at a time."""
+
+    def read(self, epoch: str, first_pos: int, last_pos: int) -> Part:
+        """The first of these that there are, or those that are missing before them."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """Events of one epoch with consecutive positions; without ``datums`` they wait on disk alone."""
+
+    epoch: str
     first_pos: int
+    last_pos: int
+    datums: pa.BinaryArray | None
     size: int
+    on_disk: bool
+
+    @property
+    def count(self) -> int:
+        return self.last_pos - self.first_pos + 1
 
 
 @dataclass
 class _Group:
-    """Batches on their way: first as datums, then as framed values with the pos of each."""
+    """Events on their way: first as datums, then as framed values with the pos of each."""
 
-    batches: list[_Batch]
+    epoch: str
+    last_pos: int
+    datums: list[pa.BinaryArray]
+    positions: list[int]
+    on_disk: bool
     values: list[bytes] | None = None
-    positions: list[int] = field(default_factory=list)
 
 
 class Delivery:
-    """A bounded queue of batches before a publisher, and the thread between them. The one owner of retrying.
+    """A bounded queue before a publisher, on disk where there is one, and the thread between. The one owner of
+    retrying.
 
     ``frame`` makes messages of datums; it may raise SinkUnavailable (a registry that is down) or SchemaUnknown (one
-    that has not our schema yet) and is then tried again too. ``queue_bytes`` bounds what waits, beside the one group
-    of batches that is on its way (4 MiB or one batch). ``linger_secs`` is how long a batch waits for company. An error
+    that has not our schema yet) and is then tried again too. ``queue_bytes`` bounds what waits in memory, beside the
+    one group that is on its way (4 MiB or one batch). ``linger_secs`` is how long a batch waits for company. An error
     that trying again cannot heal comes out of the next call of any method.
+
+    What is on disk waits there when memory is full, and ``backlog`` reads it back; only what is not is dropped.
+    ``reached(epoch, pos)`` is told, by the thread, that everything up to there is settled: acknowledged, dropped or
+    refused. ``refused(epoch, positions, values, reason)`` gets the messages that the topic refuses for themselves.
     """
 
     def __init__(
@@ -645,12 +709,17 @@ class Delivery:
         queue_bytes: int = 64 << 20,
         linger_secs: float = 0.05,
         say: Say = _quiet,
+        backlog: Backlog | None = None,
+        reached: Callable[[str, int], None] = lambda _epoch, _pos: None,
+        refused: Callable[[str, list[int], list[bytes], str], None] = lambda *_: None,
     ) -> None:
         self._publisher, self._frame, self._say = publisher, frame, say
         self._queue_bytes, self._linger_secs = queue_bytes, linger_secs
+        self._backlog, self._reached, self._refused = backlog, reached, refused
         self._changed = threading.Condition()
-        self._queue: deque[_Batch] = deque()
+        self._queue: deque[_Waiting] = deque()
         self._bytes = self._waiting = self._under_way = 0
+        self._under_way_on_disk = True
         self._acknowledged = self._dropped = self._rejected = 0
         self._losses: list[Dropped] = []
         self._last_error = ""
@@ -660,28 +729,55 @@ class Delivery:
         self._thread = threading.Thread(target=self._work, name="delivery", daemon=True)
         self._thread.start()
 
-    def put(self, datums: pa.BinaryArray, first_pos: int) -> None:
+    def put(self, datums: pa.BinaryArray, first_pos: int, *, epoch: str = "", on_disk: bool = False) -> None:
         """Queue one batch, whose events have the positions from ``first_pos`` on; never blocks.
 
-        When the queue is full the oldest batches in it are dropped, to be told by ``take_dropped``.
+        When memory is full, batches that are ``on_disk`` wait there; without any the oldest one is dropped, to be told
+        by ``take_dropped``.
         """
         self._raise_broken()
-        batch = _Batch(datums, first_pos, int(datums.nbytes))
         if not len(datums):
             return
+        batch = _Waiting(epoch, first_pos, first_pos + len(datums) - 1, datums, int(datums.nbytes), on_disk)
         with self._changed:
-            reason = f"the queue before topic {self._publisher.topic} was full ({self._queue_bytes} bytes)"
             self._queue.append(batch)
             self._bytes += batch.size
-            self._waiting += len(datums)
+            self._waiting += batch.count
             while self._bytes > self._queue_bytes:
-                oldest = self._queue.popleft()
-                count = len(oldest.datums)
-                self._bytes -= oldest.size
-                self._waiting -= count
-                self._dropped += count
-                self._lose(oldest.first_pos, oldest.first_pos + count - 1, reason)
+                self._make_room()
             self._changed.notify_all()
+
+    def put_before(self, behind: Iterable[tuple[str, int, int]]) -> None:
+        """Ranges of an earlier life that are on disk, ``(epoch, first pos, last pos)``, oldest first: they go first."""
+        with self._changed:
+            ranges = [_Waiting(*range_, None, 0, on_disk=True) for range_ in behind]
+            self._queue.extendleft(reversed(ranges))
+            self._waiting += sum(waiting.count for waiting in ranges)
+            self._changed.notify_all()
+
+    def _make_room(self) -> None:
+        """Let the newest batch that is on disk wait there, or drop the oldest that is in memory. Lock held."""
+        queue = self._queue
+        for place in range(len(queue) - 1, -1, -1):
+            batch = queue[place]
+            if batch.datums is not None and batch.on_disk:
+                self._bytes -= batch.size
+                batch.datums, batch.size = None, 0
+                before = queue[place - 1] if place else None
+                if (
+                    before is not None and before.datums is None
+                    and (before.epoch, before.last_pos + 1) == (batch.epoch, batch.first_pos)
+                ):  # fmt: skip
+                    before.last_pos = batch.last_pos
+                    del queue[place]
+                return
+        oldest = next(batch for batch in queue if batch.datums is not None)
+        queue.remove(oldest)
+        self._bytes -= oldest.size
+        self._waiting -= oldest.count
+        self._dropped += oldest.count
+        reason = f"the queue before topic {self._publisher.topic} was full ({self._queue_bytes} bytes)"
+        self._lose(oldest.epoch, oldest.first_pos, oldest.last_pos, reason)
 
     def take_dropped(self) -> list[Dropped]:
         """What was dropped or rejected since the last call, in order; for the stream to declare."""
@@ -704,9 +800,10 @@ class Delivery:
             )
 
     def drain(self, budget_secs: float) -> int:
-        """Wait until everything is acknowledged, ``budget_secs`` at most; how many events are left unacknowledged.
+        """Wait until everything is acknowledged, ``budget_secs`` at most; how many events are left unacknowledged and
+        are not on disk.
 
-        Nothing may be put afterwards: what is left is given up.
+        Nothing may be put afterwards: what is left is given up here.
         """
         end = time.monotonic() + budget_secs
         with self._changed:
@@ -718,7 +815,8 @@ class Delivery:
                     break
         self.close()
         with self._changed:
-            return self._waiting + self._under_way
+            left = sum(batch.count for batch in self._queue if not batch.on_disk)
+            return left + (0 if self._under_way_on_disk else self._under_way)
 
     def close(self) -> None:
         """Stop now, within about two seconds, and let go of the publisher."""
@@ -736,13 +834,13 @@ class Delivery:
             broken, self._broken = self._broken, None
             raise broken
 
-    def _lose(self, first: int, last: int, reason: str) -> None:
+    def _lose(self, epoch: str, first: int, last: int, reason: str) -> None:
         """Remember a loss, as one with the loss before where they touch. Call with the lock held."""
         before = self._losses[-1] if self._losses else None
-        if before and before.reason == reason and before.last_pos + 1 == first:
-            self._losses[-1] = Dropped(before.first_pos, last, before.count + last - first + 1, reason)
+        if before and (before.epoch, before.reason, before.last_pos + 1) == (epoch, reason, first):
+            self._losses[-1] = Dropped(before.first_pos, last, before.count + last - first + 1, reason, epoch)
         else:
-            self._losses.append(Dropped(first, last, last - first + 1, reason))
+            self._losses.append(Dropped(first, last, last - first + 1, reason, epoch))
 
     def _work(self) -> None:
         # Imported where it is used: a reader starts without it.
@@ -769,6 +867,7 @@ class Delivery:
         try:
             while (group := self._next_group()) is not None:
                 retrying(self._attempt, group)
+                self._reached(group.epoch, group.last_pos)
                 with self._changed:
                     self._last_error = ""
         except (SinkUnavailable, SchemaUnknown) as error:
@@ -782,39 +881,92 @@ class Delivery:
                 self._changed.notify_all()
 
     def _next_group(self) -> _Group | None:
-        """The oldest batches, as many as one publish should carry; None at the end."""
-        with self._changed:
-            while not self._queue:
-                if self._draining or self._ended.is_set():
+        """The oldest events, as many as one publish should carry; None at the end."""
+        group = None
+        while group is None:
+            with self._changed:
+                while not self._queue:
+                    if self._draining or self._ended.is_set():
+                        return None
+                    self._changed.wait()
+                if self._queue[0].datums is not None:
+                    self._linger()
+                if self._ended.is_set():
                     return None
-                self._changed.wait()
-            end = time.monotonic() + self._linger_secs
-            while not self._draining and self._waiting < _GROUP_EVENTS and self._bytes < _GROUP_BYTES:
-                rest = end - time.monotonic()
-                if rest <= 0:
-                    break
-                self._changed.wait(rest)
-            if self._ended.is_set():
-                return None
-            batches: list[_Batch] = []
-            events = size = 0
-            while self._queue and (not batches or (events < _GROUP_EVENTS and size < _GROUP_BYTES)):
-                batches.append(self._queue.popleft())
-                events += len(batches[-1].datums)
-                size += batches[-1].size
-            self._bytes -= size
-            self._waiting -= events
-            self._under_way = events
-            return _Group(batches)
+                group = self._from_memory()
+                waiting = self._queue[0] if self._queue else None
+            if group is None and waiting is not None:
+                group = self._from_disk(waiting)
+        return group
+
+    def _linger(self) -> None:
+        """Wait for company, while there is little. Lock held; the queue may be another one afterwards."""
+        end = time.monotonic() + self._linger_secs
+        while not self._draining and self._waiting < _GROUP_EVENTS and self._bytes < _GROUP_BYTES:
+            rest = end - time.monotonic()
+            if rest <= 0:
+                break
+            self._changed.wait(rest)
+
+    def _from_memory(self) -> _Group | None:
+        """Batches from the head of the queue on; None when that waits on disk alone. Lock held."""
+        batches: list[_Waiting] = []
+        events = size = 0
+        while self._queue and (not batches or (events < _GROUP_EVENTS and size < _GROUP_BYTES)):
+            batch = self._queue[0]
+            if batch.datums is None:
+                break
+            if batches and (batch.epoch, batch.on_disk) != (batches[0].epoch, batches[0].on_disk):
+                break
+            batches.append(self._queue.popleft())
+            events += batch.count
+            size += batch.size
+        self._bytes -= size
+        if not batches:
+            return None
+        return self._under_way_from(
+            _Group(
+                batches[-1].epoch,
+                batches[-1].last_pos,
+                [batch.datums for batch in batches if batch.datums is not None],
+                [pos for batch in batches for pos in range(batch.first_pos, batch.last_pos + 1)],
+                batches[0].on_disk,
+            )
+        )
+
+    def _from_disk(self, head: _Waiting) -> _Group | None:
+        """What the head of the queue has on disk; None when it is not there, which is noted as lost."""
+        assert self._backlog is not None
+        epoch, first_pos = head.epoch, head.first_pos
+        part = self._backlog.read(epoch, first_pos, head.last_pos)
+        with self._changed:
+            head.first_pos = part.last_pos + 1
+            if head.first_pos > head.last_pos:
+                self._queue.popleft()
+            if not part.reason:
+                return self._under_way_from(
+                    _Group(epoch, part.last_pos, [part.datums], part.positions.tolist(), on_disk=True)
+                )
+            lost = part.last_pos - first_pos + 1
+            self._waiting -= lost
+            self._dropped += lost
+            self._lose(epoch, first_pos, part.last_pos, f"waiting for topic {self._publisher.topic}, {part.reason}")
+            self._changed.notify_all()
+        self._reached(epoch, part.last_pos)
+        return None
+
+    def _under_way_from(self, group: _Group) -> _Group:
+        """The group is no longer in the queue. Lock held."""
+        self._waiting -= len(group.positions)
+        self._under_way = len(group.positions)
+        self._under_way_on_disk = group.on_disk
+        return group
 
     def _attempt(self, group: _Group) -> None:
         """Publish what of the group is not acknowledged yet; on SinkUnavailable the group keeps only that."""
         if group.values is None:
-            group.values = [value for batch in group.batches for value in self._frame(batch.datums)]
-            group.positions = [
-                pos for batch in group.batches for pos in range(batch.first_pos, batch.first_pos + len(batch.datums))
-            ]
-            group.batches = []
+            group.values = [value for datums in group.datums for value in self._frame(datums)]
+            group.datums = []
         values, positions = group.values, group.positions
         rejected: list[int] = []
         reason = ""
@@ -826,18 +978,21 @@ class Delivery:
             left = self._publisher.unacknowledged
             group.values = [values[index] for index in left]
             group.positions = [positions[index] for index in left]
-            self._settled(len(values) - len(left), [], "")
+            self._settled(group.epoch, len(values) - len(left), [], "")
             raise
-        self._settled(len(values) - len(rejected), [positions[index] for index in rejected], reason)
+        refused = [positions[index] for index in rejected]
+        if refused:
+            self._refused(group.epoch, refused, [values[index] for index in rejected], reason)
+        self._settled(group.epoch, len(values) - len(rejected), refused, reason)
 
-    def _settled(self, acknowledged: int, rejected: Iterable[int], reason: str) -> None:
+    def _settled(self, epoch: str, acknowledged: int, rejected: Iterable[int], reason: str) -> None:
         with self._changed:
             self._acknowledged += acknowledged
             self._under_way -= acknowledged
             for pos in rejected:
                 self._rejected += 1
                 self._under_way -= 1
-                self._lose(pos, pos, reason)
+                self._lose(epoch, pos, pos, reason)
             self._changed.notify_all()
 
 

@@ -222,35 +222,133 @@ def test_registry_down_at_start(kafka: Kafka, topic: str) -> None:
     assert "trying again" in agent.talk
 
 
-def test_full_queue_is_declared(tmp_path: Path, topic: str) -> None:
-    """When a broker is away for too long the oldest records go, and the stream says which; the archive has them all."""
+def holes(found: list[dict[str, Any]]) -> set[int]:
+    """Positions that are not there, up to the last that is."""
+    positions = {event["pos"] for event in found}
+    return set(range(max(positions))) - positions
+
+
+def declared(found: list[dict[str, Any]]) -> set[int]:
+    """Positions that ``loss`` records speak of."""
+    spans = [event["testimony"] for event in found if event["kind"] == "loss" and "last_pos" in event["testimony"]]
+    return {pos for span in spans for pos in range(span["first_pos"], span["last_pos"] + 1)}
+
+
+def test_full_queue_is_declared(topic: str) -> None:
+    """Without a disk the oldest records go when a broker is away for too long, and the stream says which."""
     (port,) = free_ports(1)
     where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
-    limits = ["--queue-bytes", "1MiB", "--checkpoint-age", "1s", "--create-topic"]
-    with agent_running(*where, *limits, "--files", str(tmp_path)) as agent:
-        declared = ""
-        with contextlib.suppress(AssertionError):
-            for _ in range(60):
-                some_binds(500)
-                declared = replay("--files", tmp_path, "-o", "json", "--pid", "1").out
-                if "did not get" in declared:
-                    break
-        assert "did not get" in declared
+    limits = ["--queue-bytes", "1MiB", "--checkpoint-age", "1s", "--create-topic", "--spool", "none"]
+    with agent_running(*where, *limits) as agent:
+        until(lambda: bool(some_binds(500)) and "given up" in agent.talk, 60)
         with kafka(port=port):
             until(lambda: any(event["kind"] == "loss" for event in events_or_none(*where)), 40)
-            until(lambda: agent.process.poll() is None)
             agent.process.send_signal(signal.SIGTERM)
             agent.process.wait(30)
             delivered = events(*where)
 
-    archived = events("--files", tmp_path)
-    missing = {event["pos"] for event in archived} - {event["pos"] for event in delivered}
-    said: set[int] = set()
-    for event in delivered:
-        if event["kind"] == "loss":
-            said |= set(range(event["testimony"]["first_pos"], event["testimony"]["last_pos"] + 1))
-    assert missing
-    assert missing == said
+    assert holes(delivered)
+    assert declared(delivered) == holes(delivered)
+    assert agent.code == 0
+
+
+@pytest.mark.parametrize("with_files", [True, False], ids=["files", "spool"])
+def test_what_memory_cannot_hold_waits_on_disk(tmp_path: Path, topic: str, with_files: bool) -> None:
+    """However much is bound while the broker is away, the topic gets all of it, in order, and then the newest."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
+    disk = ["--files" if with_files else "--spool", str(tmp_path)]
+    with agent_running(*where, *disk, "--queue-bytes", "1MiB", "--create-topic", "--segment-bytes", "64KiB") as agent:
+        before = some_binds(8000)
+        with kafka(port=port):
+            until(lambda: mine(events_or_none(*where))[: len(before)] == before, 60)
+            after = some_binds(5)
+            agent.process.send_signal(signal.SIGTERM)
+            agent.process.wait(30)
+            delivered = events(*where)
+
+    # Whoever starts a broker binds too.
+    assert mine(delivered)[: len(before)] == before
+    assert mine(delivered)[-5:] == after
+    assert [event["pos"] for event in delivered] == list(range(len(delivered)))
+    assert not any(event["kind"] == "loss" for event in delivered)
+    assert agent.code == 0
+
+
+def test_killed_before_the_topic_had_it(tmp_path: Path, topic: str) -> None:
+    """What an agent had on disk when it was killed is sent by the next one, first, and is then gone from the disk."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}", "--spool", str(tmp_path), "--create-topic"]
+    with agent_running(*where) as agent:
+        first = some_binds(3000)
+        until(lambda: mine(events("--files", tmp_path))[-1:] == first[-1:])
+        agent.process.kill()
+        agent.process.wait()
+    with agent_running(*where, "--segment-age", "1s") as agent:
+        second = some_binds(5)
+        with kafka(port=port):
+            until(lambda: mine(events_or_none(*where[:4]))[: len(first + second)] == first + second, 60)
+            until(lambda: not list(tmp_path.rglob("*.avro")), 60)
+            agent.process.send_signal(signal.SIGTERM)
+            agent.process.wait(30)
+            delivered = events(*where[:4])
+
+    assert mine(delivered)[: len(first + second)] == first + second
+    assert len({event["epoch"] for event in delivered}) == 2
+    assert agent.code == 0
+
+
+def test_what_was_acknowledged_is_not_sent_again(tmp_path: Path, kafka: Kafka, topic: str) -> None:
+    """An agent that stopped in order leaves nothing to send; the next one adds its own records and no others."""
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap, "--create-topic"]
+    ports = []
+    for _ in range(2):
+        with agent_running(*where, "--files", str(tmp_path)):
+            ports += some_binds(20)
+
+    assert mine(events(*where[:4])) == ports
+    assert events(*where[:4]) == events("--files", tmp_path)
+
+
+def test_a_topic_that_is_new_to_an_archive(tmp_path: Path, kafka: Kafka, topic: str) -> None:
+    """Events of the time before there was a topic stay in the archive alone."""
+    with agent_running("--files", str(tmp_path)):
+        some_binds(20)
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    with agent_running(*where, "--create-topic", "--files", str(tmp_path)):
+        ports = some_binds(20)
+
+    assert mine(events(*where)) == ports
+
+
+def test_a_spool_that_is_full_is_declared(tmp_path: Path, topic: str) -> None:
+    """Beyond --spool-bytes the oldest goes, the log says so at once, and the stream says which records those were."""
+    (port,) = free_ports(1)
+    where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
+    limits = ["--spool", str(tmp_path), "--spool-bytes", "1MiB", "--queue-bytes", "1MiB", "--checkpoint-age", "1s"]
+    with agent_running(*where, *limits, "--create-topic") as agent:
+        until(lambda: bool(some_binds(2000)) and "has not acknowledged all of it" in agent.talk, 90)
+        with kafka(port=port):
+            until(lambda: any(event["kind"] == "loss" for event in events_or_none(*where)), 60)
+            agent.process.send_signal(signal.SIGTERM)
+            agent.process.wait(30)
+            delivered = events(*where)
+
+    assert holes(delivered)
+    assert declared(delivered) == holes(delivered)
+
+
+def test_a_spool_that_cannot_be_written(tmp_path: Path, kafka: Kafka, topic: str) -> None:
+    """A disk that refuses from the start is said once, and what is bound reaches the topic from memory."""
+    (tmp_path / "file").touch()
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    with agent_running(*where, "--create-topic", "--spool", str(tmp_path / "file" / "spool")) as agent:
+        ports = some_binds(20)
+        until(lambda: mine(events_or_none(*where)) == ports)
+
+    assert mine(events(*where)) == ports
+    assert 1 == agent.talk.count("cannot be written")
+    assert agent.code == 0
 
 
 @contextlib.contextmanager

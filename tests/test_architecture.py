@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 WORDS = {"event", "errors"}
 STAGES = {"records", "enrich", "delay", "testimony", "avro", "select", "render"}
-EDGES = {"tracer", "workloads", "archive", "topic", "registry"}
+EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry"}
 AROUND = {"config", "completion", "telemetry"}
 COMMANDS = {"agent", "replay", "live"}
 
 MAY_IMPORT = {
     **dict.fromkeys(WORDS | STAGES | EDGES, WORDS),
+    "spool": WORDS | {"archive"},
     **dict.fromkeys(AROUND, WORDS | AROUND),
     **dict.fromkeys(COMMANDS, WORDS | STAGES | EDGES | AROUND),
 }

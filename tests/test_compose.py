@@ -60,15 +60,16 @@ def test_images_are_pinned(composed: dict[str, Any]) -> None:
 
 
 def test_agent_has_the_least_rights(composed: dict[str, Any]) -> None:
-    """Three capabilities, never privileged, never SYS_ADMIN; nothing of the host can be written."""
+    """Three capabilities, never privileged, never SYS_ADMIN; nothing of the host can be written, and one volume."""
     agent = composed["services"]["agent"]
 
     assert agent["cap_drop"] == ["ALL"]
     assert set(agent["cap_add"]) == {"BPF", "PERFMON", "NET_ADMIN"}
     assert not agent.get("privileged", False)
     assert agent["read_only"]
-    assert agent["volumes"]
-    assert all(volume["read_only"] for volume in agent["volumes"])
+    writable = [volume for volume in agent["volumes"] if not volume.get("read_only")]
+    assert [("volume", "/var/lib/bindsnoop")] == [(volume["type"], volume["target"]) for volume in writable]
+    assert {"/sys/kernel/tracing", "/sys/fs/cgroup"} <= {volume["target"] for volume in agent["volumes"]}
 
 
 def test_dockerfile_and_what_it_is_given_fit_together() -> None:

@@ -11,8 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import confluent_kafka
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -480,6 +483,129 @@ def test_put_never_blocks() -> None:
     delivery.close()
 
     assert taken < 1
+
+
+class Part(NamedTuple):
+    """What a disk has of a range."""
+
+    first_pos: int
+    last_pos: int
+    positions: npt.NDArray[np.int64]
+    datums: pa.BinaryArray
+    reason: str = ""
+
+
+class Disk:
+    """Events by position, read back three at a time; what is not there is missing."""
+
+    def __init__(self) -> None:
+        self.events: dict[tuple[str, int], bytes] = {}
+        self.asked: list[tuple[str, int, int]] = []
+
+    def write(self, epoch: str, first: int, values: list[bytes]) -> pa.BinaryArray:
+        """The events, and the batch that they are."""
+        self.events |= {(epoch, first + place): value for place, value in enumerate(values)}
+        return datums(values)
+
+    def read(self, epoch: str, first_pos: int, last_pos: int) -> Part:
+        """The contract is ``Backlog.read``'s."""
+        self.asked.append((epoch, first_pos, last_pos))
+        there = [pos for pos in range(first_pos, last_pos + 1) if (epoch, pos) in self.events]
+        if not there or there[0] > first_pos:
+            missing = there[0] - 1 if there else last_pos
+            return Part(first_pos, missing, np.empty(0, np.int64), datums([]), "they are gone")
+        run = [pos for place, pos in enumerate(there[:3]) if pos == first_pos + place]
+        return Part(first_pos, run[-1], np.array(run), datums([self.events[epoch, pos] for pos in run]))
+
+
+def test_what_memory_cannot_hold_is_read_back(kafka: broker.Kafka, topic: str) -> None:
+    """Nothing is dropped that is on disk: the topic gets it in order, between what stood before and behind it."""
+    create(kafka.bootstrap, topic)
+    kafka.stop()
+    heard, disk = Heard(), Disk()
+    reached: list[tuple[str, int]] = []
+    delivery = edge.Delivery(
+        edge.Publisher(topic, edge.settings(kafka.bootstrap), key="node-1"), frame=as_they_are, queue_bytes=3_000,
+        linger_secs=0, say=heard.say, backlog=disk, reached=lambda epoch, pos: reached.append((epoch, pos)),
+    )  # fmt: skip
+    values = some(200, size=100)
+    delivery.put(disk.write("e", 0, values[:10]), 0, epoch="e", on_disk=True)
+    heard.wait_for("10 events are kept")
+    for first in range(10, 200, 10):
+        delivery.put(disk.write("e", first, values[first : first + 10]), first, epoch="e", on_disk=True)
+    stats = delivery.stats()
+    kafka.start()
+
+    assert delivery.drain(30) == 0
+    assert values == values_of(parts_of(kafka.bootstrap, topic))
+    assert (200, 0) == (stats.queued, stats.dropped)
+    assert stats.queued_bytes <= 3_000
+    assert ("e", 199) == reached[-1]
+    assert sorted(reached) == reached
+    assert {last for _, _, last in disk.asked} == {199}
+
+
+def test_what_an_earlier_life_left_goes_first(kafka: broker.Kafka, topic: str) -> None:
+    """Ranges on disk are sent before what is put; a hole in them is told, and does not hold up the rest."""
+    create(kafka.bootstrap, topic)
+    kafka.stop()
+    disk = Disk()
+    reached: list[tuple[str, int]] = []
+    disk.write("old", 5, [b"a", b"b"])
+    disk.write("old", 9, [b"c"])
+    delivery = edge.Delivery(
+        edge.Publisher(topic, edge.settings(kafka.bootstrap), key="node-1"), frame=as_they_are, linger_secs=0,
+        backlog=disk, reached=lambda epoch, pos: reached.append((epoch, pos)),
+    )  # fmt: skip
+    delivery.put_before([("old", 5, 10)])
+    delivery.put(datums([b"d"]), 0, epoch="new")
+    queued = delivery.stats().queued
+    kafka.start()
+
+    assert delivery.drain(30) == 0
+    assert [b"a", b"b", b"c", b"d"] == values_of(parts_of(kafka.bootstrap, topic))
+    assert [("old", 7, 8), ("old", 10, 10)] == [(d.epoch, d.first_pos, d.last_pos) for d in delivery.take_dropped()]
+    assert [("old", 6), ("old", 8), ("old", 9), ("old", 10), ("new", 0)] == reached
+    assert (7, 0) == (queued, delivery.stats().queued)
+
+
+def test_what_is_on_disk_is_not_left(topic: str) -> None:
+    """At the end only what is nowhere else counts as left."""
+    (port,) = broker.free_ports(1)
+    disk = Disk()
+    delivery = edge.Delivery(
+        edge.Publisher(topic, edge.settings(f"127.0.0.1:{port}"), key="node-1"), frame=as_they_are, linger_secs=0,
+        backlog=disk,
+    )  # fmt: skip
+    delivery.put(disk.write("e", 0, [b"a", b"b"]), 0, epoch="e", on_disk=True)
+    delivery.put(datums([b"c"]), 2, epoch="e")
+    delivery.put(disk.write("e", 3, [b"d"]), 3, epoch="e", on_disk=True)
+
+    assert 1 == delivery.drain(0)
+    assert 4 == delivery.stats().queued
+
+
+def test_a_broker_that_takes_and_never_acknowledges(kafka: broker.Kafka, topic: str) -> None:
+    """A connection that stands and is silent is given up for a new one, which is said; nothing is lost by that."""
+    create(kafka.bootstrap, topic)
+    heard = Heard()
+    publisher = edge.Publisher(topic, edge.settings(kafka.bootstrap), key="node-1", silent_secs=0.5, say=heard.say)
+    delivery = edge.Delivery(publisher, frame=as_they_are, linger_secs=0, say=heard.say)
+    delivery.put(datums([b"before"]), 0)
+    while not delivery.stats().acknowledged:
+        pass
+    kafka.pause()
+    try:
+        delivery.put(datums([b"a", b"b"]), 1)
+        said = heard.wait_for("has acknowledged none")
+    finally:
+        kafka.resume()
+
+    assert delivery.drain(30) == 0
+    assert said.startswith(f"Kafka at {kafka.bootstrap} takes events for topic {topic} and has acknowledged none for")
+    values = values_of(parts_of(kafka.bootstrap, topic))
+    assert {b"before", b"a", b"b"} == set(values)
+    assert [b"a", b"b"] == values[-2:]
 
 
 @pytest.mark.parametrize("trouble", [SinkUnavailable("the registry is away"), SchemaUnknown("it has not our schema")])

@@ -45,6 +45,7 @@ _SERVICES = "198.18.43.0/24"
 OWN_FOLDERS = (
     "/run/containerd",
     "/run/netns",
+    "/var/lib/bindsnoop",
     "/var/lib/cni",
     "/var/lib/kubelet",
     "/var/log/containers",

@@ -337,7 +337,7 @@ def test_the_documented_session_shows_the_documented_rows(cluster: Cluster, agen
 
 
 def test_the_manifests_are_as_closed_as_they_say(cluster: Cluster) -> None:
-    """As they are published: no namespace of the host, nothing privileged, nothing writable but memory."""
+    """As they are published: no namespace of the host, nothing privileged; memory and the spool can be written."""
     objects = list(yaml.safe_load_all(cluster.api.kubectl("kustomize", str(deployed.MANIFESTS))))
     (pod,) = (one["spec"]["template"]["spec"] for one in objects if one["kind"] == "DaemonSet")
     (container,) = pod["containers"]
@@ -351,9 +351,11 @@ def test_the_manifests_are_as_closed_as_they_say(cluster: Cluster) -> None:
         "capabilities": {"drop": ["ALL"], "add": ["BPF", "PERFMON", "NET_ADMIN"]},
     } == container["securityContext"]
     assert {"type": "RuntimeDefault"} == pod["securityContext"]["seccompProfile"]
-    writable = [mount["name"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+    writable = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert ["Memory"] == [volumes[name]["emptyDir"]["medium"] for name in writable]
+    assert {"run": "/run", "spool": "/var/lib/bindsnoop"} == writable
+    assert "Memory" == volumes["run"]["emptyDir"]["medium"]
+    assert {"path": "/var/lib/bindsnoop", "type": "DirectoryOrCreate"} == volumes["spool"]["hostPath"]
 
 
 def test_the_api_server_takes_the_manifests_as_they_are(cluster: Cluster) -> None:
