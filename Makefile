@@ -46,8 +46,8 @@ wheel: setup ## dist/*.whl and dist/*.tar.gz, with the compiled BPF object and t
 	@.venv/bin/hatchling build
 
 lock: ## renew requirements*.txt from pyproject.toml (needs uv)
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.txt
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --group dev pyproject.toml -o requirements-dev.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra signing pyproject.toml -o requirements.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra signing --group dev pyproject.toml -o requirements-dev.txt
 
 clean: ## remove what was built here
 	rm -rf .venv dist build demo bpf/*.o benchmarks/bindload .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline import event, testimony
+from pipeline import avro, event, testimony
 
 PORT = 4242
 KEPT = 0.001
@@ -40,7 +40,11 @@ def generate(binds: int) -> Iterator[Events]:
     """Batches of about ``BATCH`` events, ``binds`` binds in all; each batch ends in a checkpoint."""
     random = np.random.default_rng(7)
     stream = testimony.Stream(
-        NODE, testimony.new_epoch(START_US // 1000, 7), boot_id="8f1d6f0e-58a2-4c11-9d53-1f5e7f0ab0c4", monotonic=0
+        NODE,
+        testimony.new_epoch(START_US // 1000, 7),
+        boot_id="8f1d6f0e-58a2-4c11-9d53-1f5e7f0ab0c4",
+        monotonic=0,
+        schema=avro.ours().sha256,
     )
     programs = [_program(number, random) for number in range(PROGRAMS)]
     columns = pa.RecordBatch.from_pylist(programs, schema=_program_schema())
@@ -51,7 +55,12 @@ def generate(binds: int) -> Iterator[Events]:
         now_us = START_US + (first + count) * EVERY_US
         attempted = first + count
         counters = {"attempted": attempted, "submitted": attempted, "lost_ring_full": 0, "read": attempted}
-        yield Events(pa.concat_batches([numbered, stream.checkpoint(now_us, 0, counters)]), kept)
+        made = [numbered]
+        stream.sealed(avro.encode(numbered))
+        for own in stream.checkpoint(now_us, 0, counters):
+            made.append(own)
+            stream.sealed(avro.encode(own))
+        yield Events(pa.concat_batches(made), kept)
 
 
 def _program_schema() -> pa.Schema:

@@ -417,6 +417,7 @@ def run(
 
     def emit(numbered: pa.RecordBatch) -> None:
         batch = Batch(avro.encode(numbered), numbered.column("time"), numbered.column("pos")[0].as_py())
+        stream.sealed(batch.datums)
         on_disk = False
         for sink in sinks:
             on_disk |= sink.put(batch, on_disk=on_disk)
@@ -454,9 +455,10 @@ def run(
                 emit(stream.undelivered(clock.now_us(), sink.name, cause, gap.first_pos, gap.last_pos))
             sink.declared()
 
-    def close_interval(batch: pa.RecordBatch) -> None:
-        lost_line.note(stream.lost_in(batch), time.monotonic())
-        emit(batch)
+    def close_interval(batches: Iterable[pa.RecordBatch]) -> None:
+        for batch in batches:
+            lost_line.note(stream.lost_in(batch), time.monotonic())
+            emit(batch)
 
     emit(stream.start(clock.now_us(), start_message, counters()))
     while not stopping():
@@ -681,11 +683,16 @@ def _probe(settings: config.AgentConfig) -> int:
 def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[], bool]) -> int:
     from pipeline.tracer import open_tracer
 
-    # First of all: from here on the kernel keeps what is bound while the rest is loaded.
+    sign = None
+    if settings.signing_key is not None:
+        from pipeline import keys
+
+        sign = keys.signer(settings.signing_key)
+    # Before all else: from here on the kernel keeps what is bound while the rest is loaded.
     tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes, exclusive=True, lock_path=settings.lock)
     sources: Sequence[Source] = ()
     try:
-        from pipeline import testimony, workloads
+        from pipeline import avro, testimony, workloads
 
         # Messages come and go by the thousand and are never part of a cycle; nothing is gained by looking for one.
         gc.set_threshold(200_000, 50, 50)
@@ -696,6 +703,8 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
             epoch,
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
             monotonic=time.monotonic(),
+            schema=avro.ours().sha256,
+            sign=sign,
             checkpoint_records=settings.checkpoint_records,
             checkpoint_secs=settings.checkpoint_age,
         )

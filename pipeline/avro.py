@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import io
 import json
 import secrets
@@ -292,6 +293,8 @@ class Schema:
     """The JSON of ``text``, as it came."""
     fingerprint: bytes
     """CRC-64-AVRO of the canonical form, the 8 bytes of a single-object frame."""
+    sha256: str
+    """SHA-256 of the canonical form, hexadecimal: what the chain of checkpoints begins with."""
     _node: _Node = field(repr=False)
     _columns: tuple[_Source, ...] | None = field(repr=False)
     """For each of our fields the writer's column and what to do with it, or a constant. None: fastavro reads it."""
@@ -332,7 +335,8 @@ def admit(text: str) -> Schema:
     last = [{"name": "s", "type": "long"}]
     arrays = [json.dumps(_array_of(frame + record + last)) for frame in _FRAME_FIELDS]
     block = json.dumps(_array_of(record, last))
-    return Schema(text, raw, fingerprint, node, columns, tuple(arrays), block)
+    sha256 = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return Schema(text, raw, fingerprint, sha256, node, columns, tuple(arrays), block)
 
 
 @functools.cache

@@ -79,6 +79,7 @@ class AgentConfig:
     keep_age: float | None
     checkpoint_records: int
     checkpoint_age: float
+    signing_key: Path | None
     log_level: str
 
 
@@ -577,6 +578,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("checkpoint-records", _whole(1, 10**9), "A checkpoint after so many records.", _A, _STREAM, "10000"),
     Option("checkpoint-age", _duration("1s"), "A checkpoint after this time.", _A, _STREAM, "10s"),
+    Option("signing-key", _FILE, "Sign checkpoints with this key, Ed25519 in PEM.", _A, _STREAM),
     Option(
         "queue-bytes", _size("1MiB", "64GiB"), "What waits in memory for a destination that is away.",
         _A, _STREAM, "64MiB",

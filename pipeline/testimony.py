@@ -11,18 +11,22 @@ The stream's own records:
 ``loss``        type ``warn``: attempts that are not in the stream, by cause, or records that a destination did not get
 ``workload``    names of a container that came too late for its events, which only have its id
 ``stop``        the epoch ends; without it the end is open until the next ``start``
+
+Checkpoints and ``stop`` carry the digest of every datum since the record before them that did, so ``Stream`` has to be
+shown the datums as they are written (``sealed``), and their own datums too. What is hashed: ``chain``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import event
+from pipeline import chain, event
 
 LOST = "lost_"
 """Counters of the tracer that begin so are attempts that it saw and could not record, by cause."""
@@ -37,7 +41,9 @@ class Stream:
     """One epoch of one node: gives ``pos``, and writes the stream's own records into the same row.
 
     ``checkpoint_records``, ``checkpoint_secs`` and ``idle_secs`` say how often a checkpoint is due. Times are passed
-    in: ``now_us`` is UTC in microseconds, ``monotonic`` is in seconds.
+    in: ``now_us`` is UTC in microseconds, ``monotonic`` is in seconds. ``schema`` is the hash of the schema that the
+    datums are written with, as ``chain.first_head`` takes it; a stream that is never stored needs none. ``sign`` makes
+    the signatures, where there are to be any.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class Stream:
         *,
         boot_id: str,
         monotonic: float,
+        schema: str = "",
+        sign: Callable[[bytes], bytes] | None = None,
         checkpoint_records: int = 10_000,
         checkpoint_secs: float = 10,
         idle_secs: float = 60,
@@ -62,6 +70,11 @@ class Stream:
         self._attempts = 0
         self._checkpoint_at = monotonic
         self._declared: dict[str, int] = {}
+        self._schema = schema
+        self._sign = sign
+        self._head = chain.first_head(node, epoch, boot_id, schema)
+        self._digest = hashlib.sha256()
+        self._sealed_pos = 0
 
     def number(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Give each row its node, epoch and pos; columns that the batch lacks are filled with their default."""
@@ -86,6 +99,17 @@ class Stream:
             schema=event.schema(),
         )
 
+    def sealed(self, datums: pa.BinaryArray) -> None:
+        """The datums of the next records, in their order, exactly as they will be written.
+
+        Every record has to come by here, this stream's own too, before a checkpoint is asked for.
+        """
+        if len(datums):
+            _, offsets, values = datums.buffers()
+            ends = np.frombuffer(offsets, np.int32, len(datums) + 1, datums.offset * 4)
+            self._digest.update(memoryview(values)[int(ends[0]) : int(ends[-1])])
+            self._sealed_pos += len(datums)
+
     def due(self, monotonic: float) -> bool:
         """Whether it is time for a checkpoint."""
         age = monotonic - self._checkpoint_at
@@ -97,30 +121,20 @@ class Stream:
         """The first record of the epoch. What was lost before it, since the ring was made, is declared later."""
         return self._own("start", "info", now_us, message, counts=dict(counters))
 
-    def checkpoint(self, now_us: int, monotonic: float, counters: Mapping[str, int]) -> pa.RecordBatch:
+    def checkpoint(self, now_us: int, monotonic: float, counters: Mapping[str, int]) -> Iterator[pa.RecordBatch]:
         """A ``loss`` record when attempts were lost since the last one, then the checkpoint itself.
 
-        ``counters`` are the tracer's, never reset, and ``read``, the records taken from the ring so far.
+        Each batch has to be ``sealed`` before the next is taken, for that one has its digest. ``counters`` are the
+        tracer's, never reset, and ``read``, the records taken from the ring so far. ValueError when records were not
+        sealed.
         """
         lost = self.lost(now_us, counters)
-        rows = [] if lost is None else [lost]
-        first, last = self._first_pos, self.next_pos - 1
-        # The next checkpoint speaks of this one too, so that no record is left out of the testimony.
-        self._first_pos = self.next_pos
-        rows.append(
-            self._own(
-                "checkpoint",
-                "info",
-                now_us,
-                f"checkpoint of {first} to {last}",
-                first_pos=first,
-                last_pos=last,
-                counts=dict(counters),
-            )
-        )
+        if lost is not None:
+            yield lost
         self._attempts = 0
         self._checkpoint_at = monotonic
-        return _concat(rows)
+        message = f"checkpoint of {self._first_pos} to {self.next_pos - 1}"
+        yield self._closing("checkpoint", now_us, message, counters)
 
     def lost(self, now_us: int, counters: Mapping[str, int]) -> pa.RecordBatch | None:
         """A ``loss`` record of what the counters grew by since it was last declared; None when nothing was lost."""
@@ -167,10 +181,32 @@ class Stream:
             {**workload._asdict(), "container_id": container_id},
         )
 
-    def stop(self, now_us: int, monotonic: float, counters: Mapping[str, int], message: str) -> pa.RecordBatch:
-        """The last checkpoint and the last record of the epoch."""
-        last = self.checkpoint(now_us, monotonic, counters)
-        return _concat([last, self._own("stop", "info", now_us, message, counts=dict(counters))])
+    def stop(
+        self, now_us: int, monotonic: float, counters: Mapping[str, int], message: str
+    ) -> Iterator[pa.RecordBatch]:
+        """The last checkpoint and the last record of the epoch, each to be sealed before the next is taken."""
+        yield from self.checkpoint(now_us, monotonic, counters)
+        yield self._closing("stop", now_us, message, counters)
+
+    def _closing(self, kind: str, now_us: int, message: str, counters: Mapping[str, int]) -> pa.RecordBatch:
+        """A record with the digest of everything from the last such record on; the next one has this one in its own."""
+        if self._sealed_pos != self.next_pos:
+            raise ValueError(f"Of {self.next_pos} records {self._sealed_pos} were sealed; all have to be.")
+        digest = self._digest.digest()
+        self._digest = hashlib.sha256()
+        self._head = chain.next_head(self._head, digest)
+        first, self._first_pos = self._first_pos, self.next_pos
+        return self._own(
+            kind,
+            "info",
+            now_us,
+            message,
+            first_pos=first,
+            last_pos=self.next_pos - 1,
+            counts=dict(counters),
+            digest=digest.hex(),
+            head=self._head.hex(),
+        )
 
     def _own(
         self,
@@ -181,7 +217,7 @@ class Stream:
         fields: Mapping[str, Any] | None = None,
         **testimony: Any,
     ) -> pa.RecordBatch:
-        row = {
+        row: dict[str, Any] = {
             "type": type_,
             "kind": kind,
             "node": self.node,
@@ -193,12 +229,12 @@ class Stream:
             "testimony": {"boot_id": self._boot_id} | testimony,
             **(fields or {}),
         }
+        if self._sign is not None and "head" in testimony:
+            counts = list(testimony["counts"].items())
+            text = chain.signed_text(self._schema, row | {"testimony": row["testimony"] | {"counts": counts}})
+            row["testimony"]["signature"] = self._sign(text).hex()
         self.next_pos += 1
         return pa.RecordBatch.from_pylist([row], schema=event.schema())
-
-
-def _concat(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 
 def _default(field: pa.Field, count: int) -> pa.Array:

@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 
-WORDS = {"event", "errors"}
+WORDS = {"event", "chain", "errors"}
 STAGES = {"records", "enrich", "delay", "testimony", "avro", "select", "render"}
-EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry"}
+EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry", "keys"}
 AROUND = {"config", "completion", "telemetry"}
 COMMANDS = {"agent", "replay", "live"}
 
@@ -44,6 +44,7 @@ ONLY_IN = {
     "ctypes": {"tracer", "archive"},
     "pyruhvro": {"avro", "event"},
     "fastavro": {"avro", "archive"},
+    "cryptography": {"keys"},
 }
 
 
