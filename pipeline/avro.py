@@ -17,6 +17,7 @@ renamed, filled and narrowed to ours.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import functools
 import hashlib
@@ -775,6 +776,110 @@ def _decode_block_slowly(payload: bytes, count: int, schema: Schema) -> pa.Recor
             f"A block of {count} events has a bad one at {decoded.bad[0].index}: {decoded.bad[0].reason}"
         )
     return decoded.batch
+
+
+# --- the bytes of the rows ----------------------------------------------------------------------------------------
+
+
+class MessageDatums:
+    """The bytes that a batch was decoded from: the values of messages, one a row, behind frames of one length."""
+
+    def __init__(self, schema: Schema, values: list[bytes], frame_bytes: int) -> None:
+        self.schema = schema
+        self._values = values
+        self._frame_bytes = frame_bytes
+
+    def of(self, first: int, end: int) -> bytes:
+        """The datums of rows ``first`` to before ``end``, one directly behind the other."""
+        frame = self._frame_bytes
+        return b"".join([value[frame:] for value in self._values[first:end]])
+
+    def borders(self, first: int, end: int) -> list[int]:
+        """Where in ``of(first, end)`` each of its datums begins, and where the last one ends."""
+        borders = [0]
+        for value in self._values[first:end]:
+            borders.append(borders[-1] + len(value) - self._frame_bytes)
+        return borders
+
+
+class BlockDatums:
+    """The bytes that a batch was decoded from: a block's payload, where datums lie without borders between them.
+
+    A border is found by encoding the rows beside it once more, the fewer ones, and comparing: a datum says itself where
+    it ends, so equal bytes have equal borders. What somebody else wrote in other bytes, which Avro allows, is walked
+    over. ``known`` are borders to begin with: rows, and the bytes before them, ascending, both ends among them.
+    """
+
+    def __init__(self, schema: Schema, payload: bytes, batch: pa.RecordBatch, known: Sequence[tuple[int, int]]) -> None:
+        self.schema = schema
+        self._payload = payload
+        self._batch = batch
+        self._rows = [row for row, _ in known]
+        self._bytes = [at for _, at in known]
+
+    def of(self, first: int, end: int) -> memoryview:
+        """The datums of rows ``first`` to before ``end``, one directly behind the other."""
+        start = self._border(first)
+        return memoryview(self._payload)[start : self._border(end)]
+
+    def borders(self, first: int, end: int) -> list[int]:
+        """Where in ``of(first, end)`` each of its datums begins, and where the last one ends."""
+        data = self.of(first, end)
+        if self.schema.sha256 == ours().sha256:
+            again = encode(self._batch.slice(first, end - first))
+            if encode_block(again)[1] == data:
+                found: list[int] = np.frombuffer(
+                    again.buffers()[1], np.int32, end - first + 1, again.offset * 4
+                ).tolist()
+                return [border - found[0] for border in found]
+        start, borders = self._border(first), [0]
+        for _ in range(first, end):
+            borders.append(_walk(self.schema._node, self._payload, start + borders[-1]) - start)
+        return borders
+
+    def _border(self, row: int) -> int:
+        place = bisect.bisect_left(self._rows, row)
+        if self._rows[place] == row:
+            return self._bytes[place]
+        border = self._encoded_border(row, place)
+        if border is None:
+            border = self._bytes[place - 1]
+            for _ in range(self._rows[place - 1], row):
+                border = _walk(self.schema._node, self._payload, border)
+        self._rows.insert(place, row)
+        self._bytes.insert(place, border)
+        return border
+
+    def _encoded_border(self, row: int, place: int) -> int | None:
+        if self.schema.sha256 != ours().sha256:
+            return None
+        (low, high), (start, end) = self._rows[place - 1 : place + 1], self._bytes[place - 1 : place + 1]
+        if row - low <= high - row:
+            again = encode_block(self._batch.slice(low, row - low))[1]
+            return start + len(again) if self._payload.startswith(again, start) else None
+        again = encode_block(self._batch.slice(row, high - row))[1]
+        return end - len(again) if self._payload.endswith(again, start, end) else None
+
+
+Datums: TypeAlias = MessageDatums | BlockDatums
+"""The bytes of a batch's rows; both have the attribute ``schema``, what they were read with."""
+
+
+def decode_groups(
+    values: Sequence[bytes | None], resolve: Callable[[int | bytes], Schema]
+) -> tuple[list[tuple[pa.RecordBatch, MessageDatums]], list[Bad]]:
+    """As ``decode_messages``, with the bytes of the rows; a batch for each framing and schema among the values."""
+    unframed = unframe(values)
+    found, bad = [], unframed.bad
+    for group in unframed.groups:
+        decoded = _decode_group(group, resolve)
+        places = range(len(values)) if group.index is None else group.index
+        bad.extend(Bad(int(places[one.index]), one.reason) for one in decoded.bad)
+        if decoded.batch.num_rows:
+            kept = group.values if decoded.index is None else [group.values[at] for at in decoded.index]
+            datums = MessageDatums(resolve(group.key), kept, _FRAME_BYTES[group.framing])
+            found.append((decoded.batch, datums))
+    return found, sorted(bad)
 
 
 # --- a walk over one datum ----------------------------------------------------------------------------------------

@@ -259,6 +259,68 @@ def test_a_block_is_used_to_its_last_byte(count: int, change: Any) -> None:
 # --- messages
 
 
+# --- the bytes of the rows
+
+
+def otherwise(row: Row) -> bytes:
+    """A datum in bytes that nobody but we would have chosen, which means the same: an empty map in two pieces."""
+    datum = written(row | {"labels": {"a": "b"}, "testimony": None})
+    assert datum.count(b"\x02\x02a\x02b\x00") == 1
+    return datum.replace(b"\x02\x02a\x02b\x00", b"\x01\x08\x02a\x02b\x00")
+
+
+def cuts(count: int) -> st.SearchStrategy[list[int]]:
+    """Rows, ascending, at which a batch is cut."""
+    return st.lists(st.integers(0, count), max_size=6).map(lambda rows: sorted({0, count, *rows}))
+
+
+@quick
+@given(batches(min_size=1), st.data())
+def test_the_bytes_of_any_rows_are_their_datums(batch: pa.RecordBatch, data: st.DataObject) -> None:
+    """From a block, with or without borders that are known, and from messages."""
+    datums = avro.encode(batch).to_pylist()
+    known = [(row, len(b"".join(datums[:row]))) for row in data.draw(cuts(len(datums)))]
+    block = avro.BlockDatums(avro.ours(), b"".join(datums), batch, known)
+    messages = avro.MessageDatums(avro.ours(), [b"frame" + datum for datum in datums], 5)
+
+    first, end = sorted(data.draw(st.tuples(*[st.integers(0, len(datums))] * 2)))
+    for source in (block, messages):
+        assert b"".join(datums[first:end]) == source.of(first, end)
+        assert [len(b"".join(datums[first:row])) for row in range(first, end + 1)] == source.borders(first, end)
+
+
+@pytest.mark.parametrize("writer", [avro.ours(), "older"])
+def test_the_bytes_of_rows_that_we_would_write_otherwise(writer: Any) -> None:
+    """Another writer's encoding of the same events, and one of a schema that lacks a field, are walked over."""
+    if writer == "older":
+        fields = [one for one in event.schema_json()["fields"] if one["name"] != "cookie"]
+        writer = avro.admit(json.dumps(event.schema_json() | {"fields": fields}))
+        parsed = fastavro.parse_schema(illogical(json.loads(writer.text)))
+        datums = [written(plain_event(pos), parsed) for pos in range(20)]
+    else:
+        datums = [otherwise(plain_event(pos)) if pos % 3 else written(plain_event(pos)) for pos in range(20)]
+    payload = b"".join(datums)
+    batch = avro.decode_block(payload, 20, writer)
+
+    for row in range(21):
+        block = avro.BlockDatums(writer, payload, batch, [(0, 0), (20, len(payload))])
+        assert (b"".join(datums[:row]), b"".join(datums[row:])) == (block.of(0, row), block.of(row, 20))
+        assert [len(b"".join(datums[row:end])) for end in range(row, 21)] == block.borders(row, 20)
+
+
+def test_messages_of_several_schemas_come_in_groups_with_their_bytes() -> None:
+    """A batch for each framing and schema; what is bad is told by its place."""
+    datums = datums_of(*range(6))
+    array = pa.array(datums, pa.binary())
+    values = [*avro.single_object(array)[:2], b"bad", *avro.confluent(array, 7)[2:5], avro.confluent(array, 8)[5][:-1]]
+
+    groups, bad = avro.decode_groups(values, resolve)
+
+    assert [[0, 1], [2, 3, 4]] == [batch.column("pos").to_pylist() for batch, _ in groups]
+    assert [b"".join(datums[:2]), b"".join(datums[2:5])] == [of.of(0, batch.num_rows) for batch, of in groups]
+    assert [2, 6] == [one.index for one in bad]
+
+
 @quick
 @given(batches(min_size=1), st.integers(0, 2**32 - 1))
 def test_framings_round_trip(batch: pa.RecordBatch, schema_id: int) -> None:
