@@ -117,6 +117,8 @@ class ReplayConfig:
     columns: str | tuple[str, ...]
     time: bool
     progress: str
+    verify: bool
+    public_key: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,6 +477,7 @@ _SOURCE = "Where to read"
 _TO = "Where to write"
 _WHICH = "Which events"
 _HOW = "How they are shown"
+_PROOF = "Whether anything is missing"
 _TRACE = "Tracing"
 _NAMES_OF = "Names of containers"
 _STREAM = "The stream"
@@ -540,6 +543,11 @@ OPTIONS: tuple[Option, ...] = (
     Option("time", BOOLEAN, "Show the time too, UTC: the first column, the last key.", _SHOWN, _HOW, "false", "T"),
     Option("count", BOOLEAN, "Show nothing but how many there are.", _R, _HOW, "false"),
     Option("progress", _choice("auto", "never"), "A progress bar on a terminal.", _R, _HOW, "auto"),
+    Option(
+        "verify", BOOLEAN, "Show no events but, for each node and epoch, whether they are complete and unchanged.",
+        _R, _PROOF, "false", only_flag=True,
+    ),
+    Option("public-key", _FILE, "Every checkpoint has to be signed by this key, Ed25519 in PEM.", _R, _PROOF),
     Option(
         "node", _NODE, "Name of this node; by default $NODE_NAME, else the name of the host.", _A + _L, _GENERAL,
     ),
@@ -646,6 +654,7 @@ class Written(NamedTuple):
 
 
 _DEFAULTS, _SYSTEM, _USER, _ENVIRONMENT, _FLAGS = range(5)
+_NOWHERE = Written("", [], _DEFAULTS)
 
 
 @overload
@@ -896,11 +905,31 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
         raise UsageError(f"{PROGRAMS[command]} has nothing to {verb}: give {where}.")
     needs = {"register-schema": "schema-registry", "create-topic": "topic", "follow": "topic"}
     for name, needed in needs.items():
-        if values.get(name) and values[needed] is None:
+        if values.get(name) and not values[needed]:
             raise UsageError(f"{written[name].where} is set without --{needed}, which it needs.")
     for name in ("count", "tail"):
         if values.get("follow") and values[name]:
             raise UsageError(f"{written['follow'].where} and {written[name].where} exclude each other; choose one.")
+    if values.get("verify"):
+        _check_verify(values, written)
+    elif written.get("public-key", _NOWHERE).layer == _FLAGS:
+        raise UsageError(f"{written['public-key'].where} is set without --verify, which it needs.")
+
+
+_CUTS = (
+    "follow", "tail", "count", "resolve", "pid", "ports", "namespace", "podname", "containername", "selector",
+)  # fmt: skip
+"""What ``--verify`` cannot go with: what leaves events out would look like a loss."""
+
+
+def _check_verify(values: Mapping[str, Any], written: Mapping[str, Written]) -> None:
+    for name in _CUTS:
+        if values[name]:
+            where = written[name].where
+            raise UsageError(f"--verify and {where} exclude each other; it takes --node, --from and --until.")
+    if values["output"] not in {"columns", "json"}:
+        form = written["output"].texts[-1]
+        raise UsageError(f"{written['output'].where}: {form!r} is not allowed with --verify, only columns or json.")
 
 
 def _settings(
@@ -983,6 +1012,7 @@ EXAMPLES: dict[Command, tuple[tuple[str, str], ...]] = {
             "bindsnoop-replay --topic binds --follow -o custom-columns=node,comm,port,error -i=false",
             "live, the whole cluster",
         ),
+        ("bindsnoop-replay --files /var/lib/bindsnoop --verify", "whether anything is missing or was changed"),
     ),
     "live": (
         ("bindsnoop", "binds that succeed"),
@@ -994,7 +1024,8 @@ EXAMPLES: dict[Command, tuple[tuple[str, str], ...]] = {
 
 _ENDINGS = (
     "Exit codes: 0 something was shown, 1 nothing matched, 2 wrong arguments or unreachable, 3 something could not be "
-    "read or is damaged."
+    "read or is damaged. With --verify 0 nothing is missing, 4 what is missing is declared, 5 it is not, or something "
+    "was changed; 5 wins over 3, and 3 over 4."
 )
 
 

@@ -1,7 +1,8 @@
 """bindsnoop-replay: from a topic or files to columns, JSON or a count; read-only, bounded at start.
 
 In: a topic (``--topic``), files (``--files``), or both, the topic first. Out: text on standard output; everything else
-on standard error. ``found`` is the whole reading path, ``show`` the whole printing path. What could not be read is
+on standard error. ``found`` is the whole reading path, ``show`` the whole printing path; ``evidence`` and ``verify``
+are those of ``--verify``. What could not be read is
 said, with its place and the reason, and ends the command with 3; it never stops what can still be read.
 """
 
@@ -22,7 +23,7 @@ from pipeline.errors import BindsnoopError, Damaged, SchemaUnknown, SourceUnavai
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline import avro, select, topic
+    from pipeline import archive, avro, select, topic, verification
     from pipeline.render.printer import Printer
 
 SHOWN, NOTHING, UNREADABLE = 0, 1, 3
@@ -42,6 +43,15 @@ class Unread(NamedTuple):
     reason: str
     records: int = 1
     damage: bool = True
+
+
+class Evidence(NamedTuple):
+    """Events with the bytes that they were decoded from, and the file or partition that they come from."""
+
+    batch: pa.RecordBatch
+    datums: avro.Datums
+    source: str
+    share: float
 
 
 class Schemas:
@@ -187,6 +197,59 @@ def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
                     yield Found(batch, part.share)
 
 
+Heard = Callable[[str, str, int | None], None]
+"""Told of what could not be read: the file or partition, the place and reason, and of how many records, if known."""
+
+
+def evidence(settings: config.ReplayConfig, schemas: Schemas, heard: Heard) -> Iterator[Evidence | Unread]:
+    """The reading path of ``--verify``: as ``found``, with the bytes. ``heard`` learns what could not be read."""
+    from pipeline import archive, avro
+
+    if settings.topic is not None:
+        from pipeline import topic
+
+        for part in topic.read(settings.topic, _client(settings), start=_start(settings)):
+            source = f"topic {settings.topic}[{part.partition}]"
+            if isinstance(part, topic.Unread):
+                place = f"{source} offsets {part.start} to {part.end - 1}"
+                heard(source, f"{place}: {part.reason}", part.end - part.start)
+                yield Unread(place, part.reason, part.end - part.start)
+                continue
+            groups, bad = avro.decode_groups(part.values, schemas.resolve)
+            for one in bad:
+                heard(source, f"{source} offset {part.offset(one.index)}: {one.reason}", 1)
+                yield Unread(f"{source} offset {part.offset(one.index)}", one.reason)
+            for batch, datums in groups:
+                yield Evidence(batch, datums, source, part.done / max(part.total, 1))
+    for block in archive.read(settings.files, settings.since_us, settings.until_us) if settings.files else ():
+        if isinstance(block, archive.Unread):
+            if block.damage:
+                heard(str(block.path), f"{block.path} bytes {block.start} to {block.end}: {block.reason}", None)
+            yield Unread(f"{block.path} bytes {block.start} to {block.end}", block.reason, damage=block.damage)
+            continue
+        try:
+            yield _evidence(block)
+        except Damaged:
+            for part_ in block.split():
+                try:
+                    yield _evidence(part_)
+                except Damaged as error:
+                    place = f"{part_.path} block at byte {part_.offset}"
+                    heard(str(part_.path), f"{place}: {error}", part_.count)
+                    yield Unread(place, str(error), part_.count)
+
+
+def _evidence(block: archive.Block) -> Evidence:
+    from pipeline import avro
+
+    schema = avro.admit(block.schema_text)
+    batch = avro.decode_block(block.payload, block.count, schema)
+    known = [(0, 0)]
+    for _, count, size in block.parts:
+        known.append((known[-1][0] + count, known[-1][1] + size))
+    return Evidence(batch, avro.BlockDatums(schema, block.payload, batch, known), str(block.path), block.share)
+
+
 class Names:
     """Names that the stream tells of containers after events that have their id alone: its ``workload`` records."""
 
@@ -289,6 +352,50 @@ def show(batches: Iterable[pa.RecordBatch], printer: Printer, out: IO[bytes], sa
             say(line)
 
 
+def verify(
+    settings: config.ReplayConfig, verifier: verification.Verifier, schemas: Schemas, tally: Tally
+) -> list[verification.Verdict]:
+    """Read everything, and once more where something came twice, for a verdict on each node and epoch."""
+    for part in evidence(settings, schemas, verifier.unread):
+        if isinstance(part, Unread):
+            tally.unread(part)
+        else:
+            tally.found(Found(part.batch, part.share))
+            verifier.add(part.batch, part.datums, part.source)
+    if verifier.settle():
+        for part in evidence(settings, schemas, lambda *_: None):
+            # What cannot be read was said the first time.
+            if isinstance(part, Evidence):
+                verifier.compare(part.batch, part.datums)
+    return verifier.verdicts()
+
+
+def _verify(settings: config.ReplayConfig, schemas: Schemas, tally: Tally, out: IO[bytes]) -> int:
+    from pipeline import keys, verification
+
+    good = keys.verifier(settings.public_key) if settings.public_key is not None else None
+    excluded = {name.removeprefix("!") for name in settings.nodes if name.startswith("!")}
+    included = set(settings.nodes) - {f"!{name}" for name in excluded}
+    verifier = verification.Verifier(
+        good,
+        lambda node: (not included or node in included) and node not in excluded,
+        settings.since_us,
+        settings.until_us,
+    )
+    verdicts = verify(settings, verifier, schemas, tally)
+    if settings.output == "json":
+        lines = [verification.as_json(verdict) for verdict in verdicts]
+    else:
+        lines = [verification.HEADER, *map(verification.as_columns, verdicts)]
+    out.write("".join(lines).encode())
+    out.flush()
+    if verifier.left_out:
+        tally.unread(Unread("what was read", "it has too many epochs to tell them apart", verifier.left_out))
+    if not verdicts and not tally.damaged:
+        return NOTHING
+    return verification.worst([*(verdict.code for verdict in verdicts), UNREADABLE if tally.damaged else 0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``bindsnoop-replay``."""
     try:
@@ -315,11 +422,12 @@ def _main(settings: config.ReplayConfig) -> int:
     out = sys.stdout.buffer
     # Before anything is looked for: whoever waits sees that the command has begun.
     printer = Printer(settings.output, settings.columns, time=settings.time)
-    if not settings.count:
+    if not settings.count and not settings.verify:
         out.write(printer.header)
         out.flush()
     terminal = sys.stderr.isatty()
-    wanted = settings.progress == "auto" and not settings.follow and not (sys.stdout.isatty() and not settings.count)
+    shows = sys.stdout.isatty() and not settings.count and not settings.verify
+    wanted = settings.progress == "auto" and not settings.follow and not shows
     progress = telemetry.Progress(sys.stderr, wanted=wanted)
 
     def say(sentence: str) -> None:
@@ -342,10 +450,15 @@ def _main(settings: config.ReplayConfig) -> int:
         labels=settings.labels,
     )
     interrupted = False
+    verdict = NOTHING
     try:
+        if settings.verify:
+            verdict = _verify(settings, schemas, tally, out)
         names = Names.of(settings, schemas) if settings.resolve else None
-        if settings.tail is not None:
-            batches: Iterable[pa.RecordBatch] = last(settings, schemas, names, filter_, tally)
+        if settings.verify:
+            batches: Iterable[pa.RecordBatch] = ()
+        elif settings.tail is not None:
+            batches = last(settings, schemas, names, filter_, tally)
             tally.shown = sum(map(_binds, batches))
         else:
             batches = selected(_resolved(found(settings, schemas), names), filter_, tally)
@@ -363,9 +476,11 @@ def _main(settings: config.ReplayConfig) -> int:
     if interrupted and not settings.follow:
         say("interrupted: what follows was not read")
     totals = telemetry.Totals(tally.read, tally.shown, tally.hidden_failures, tally.skipped, progress.seconds)
-    line = telemetry.closing_line(totals, terminal=terminal)
+    line = telemetry.closing_line(totals, terminal=terminal and not settings.verify)
     if line is not None:
         say(line)
+    if settings.verify and not interrupted:
+        return verdict
     if tally.damaged or (interrupted and not settings.follow):
         return UNREADABLE
     return SHOWN if tally.shown or settings.follow else NOTHING

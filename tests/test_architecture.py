@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 WORDS = {"event", "chain", "errors"}
-STAGES = {"records", "enrich", "delay", "testimony", "avro", "select", "render"}
+STAGES = {"records", "enrich", "delay", "testimony", "verification", "avro", "select", "render"}
 EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry", "keys"}
 AROUND = {"config", "completion", "telemetry"}
 COMMANDS = {"agent", "replay", "live"}

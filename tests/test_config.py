@@ -322,6 +322,22 @@ def test_what_needs_another_option_says_which() -> None:
         "BINDSNOOP_REGISTER_SCHEMA is set without --schema-registry, which it needs."
     )
     assert refusal("replay", ["--files=d", "--follow"]) == "--follow is set without --topic, which it needs."
+    assert refusal("replay", ["--files=d", "--public-key=k"]) == "--public-key is set without --verify, which it needs."
+
+
+def test_verify_says_what_it_does_not_go_with() -> None:
+    """Filters that cut holes and forms that are none of its own are refused, wherever they are set."""
+    assert refusal("replay", ["--files=d", "--verify", "-n", "default"]) == (
+        "--verify and -n exclude each other; it takes --node, --from and --until."
+    )
+    assert refusal("replay", ["--files=d", "--verify"], {"BINDSNOOP_PORTS": "80"}) == (
+        "--verify and BINDSNOOP_PORTS exclude each other; it takes --node, --from and --until."
+    )
+    assert refusal("replay", ["--files=d", "--verify", "-o", "json-full"]) == (
+        "-o: 'json-full' is not allowed with --verify, only columns or json."
+    )
+    asked = config.parse("replay", ["--files=d", "--verify", "-o=json", "--node=a", "--from=1h", "-T"], {"HOME": "/x"})
+    assert (asked.verify, asked.public_key) == (True, None)
 
 
 WORDS = ["-i", "-P", "--from", "=", "-T", "80", "-48h", "--", "-", "", "--files", "-o", "json", "-Pi", "--config="]
