@@ -39,6 +39,8 @@ ROWS: dict[str, Row] = {
     "json": Row("all of them to JSON", "the loop with `json.dumps`", "≥ 8 times"),
     "columns": Row("all of them to columns", "the loop with `format`", "≥ 6 times"),
     "files": Row("replay the same from files, a filter keeps 0.1 %", "`fastavro.reader`, `if`", "≥ 10 times"),
+    "verify": Row("`--verify` of that topic: every digest", "its replay, a filter keeps 0.1 %", "≥ 50 %"),
+    "verify-files": Row("`--verify` of those files", "their replay, a filter keeps 0.1 %", "≥ 50 %"),
     "agent": Row("agent at 100,000 binds/s, kernel to acknowledgement: CPU an event", "", "all, ≤ 5 µs"),
     "highest": Row("agent, highest rate without a loss", "", ""),
     "burst": Row("agent at 200,000 binds/s from two threads", "", "nothing lost, or declared"),

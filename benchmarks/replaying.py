@@ -136,6 +136,8 @@ def contestants(store: Stored) -> dict[str, Callable[[], float]]:
         "loop columns": loop(store, "topic", "columns"),
         "ours files": ours(*files, *FILTERED),
         "loop files": loop(store, "files", "filter"),
+        "ours verify": ours(*topic_, "--verify"),
+        "ours verify files": ours(*files, "--verify"),
         # Almost nothing to read: what is left is the start.
         "ours start": ours(*from_topic(store, store.small)),
         "consume start": consume(store, store.small),
@@ -158,6 +160,8 @@ COMPARED: dict[str, Compared] = {
     "json": Compared("ours json", "loop json", 8),
     "columns": Compared("ours columns", "loop columns", 6),
     "files": Compared("ours files", "loop files", 10),
+    "verify": Compared("ours verify", "ours filter", 0.5, percent=True),
+    "verify-files": Compared("ours verify files", "ours files", 0.5, percent=True),
 }
 
 
