@@ -474,8 +474,6 @@ class Verifier:
 
         Within a batch, after its first run (``fresh``), only single records of which it is known that they are few.
         """
-        if at <= epoch.at:
-            return
         notes = [
             note
             for note in self._notes[max(epoch.unread_at, len(self._notes) - MAX_SAID) :]

@@ -207,6 +207,15 @@ def range_changed(rows: list[Row]) -> list[Row]:
     return rows
 
 
+def end_of_range_changed(rows: list[Row]) -> list[Row]:
+    rows[52]["testimony"]["last_pos"] = 50
+    return rows
+
+
+def of_another_boot(rows: list[Row]) -> list[Row]:
+    return rechained([row | {"testimony": row["testimony"] and row["testimony"] | {"boot_id": "x"}} for row in rows])
+
+
 def digest_taken_away(rows: list[Row]) -> list[Row]:
     rows[52]["testimony"].update(digest=None, head=None)
     return rows
@@ -240,6 +249,8 @@ FORGED: dict[Callable[[list[Row]], list[Row]], list[tuple[int, int]]] = {
     digest_changed: [(21, 52), (52, 77)],
     digest_and_head_changed: [(52, 77)],
     range_changed: [(52, 52), (52, 77)],
+    end_of_range_changed: [(52, 52), (52, 77)],
+    of_another_boot: [(0, 21)],
     digest_taken_away: [(0, 80), (52, 77)],
     nonsense_as_digest: [(21, 51), (52, 77)],
     went_on_after_the_stop: [(81, 81)],
@@ -469,9 +480,9 @@ def test_an_interval_with_a_hole_is_not_proven(tmp_path: Path) -> None:
 
 def test_a_declared_loss_of_attempts(tmp_path: Path) -> None:
     """What the kernel could not hand over has no positions; it is counted by cause, once, however often it is read."""
-    written(tmp_path, recorded(lost=17))
+    one, two = (written(tmp_path / name, recorded(lost=17)) for name in ("one", "two"))
 
-    for where in ((tmp_path,), (tmp_path, tmp_path)):
+    for where in ((one,), (one, two)):
         found = only(verified(*where))
         assert ("declared loss", 4, {"ring_full": 17}, []) == (
             found["state"], found["code"], found["lost"], found["gaps"],
@@ -591,6 +602,16 @@ def judged(parts: list[tuple[pa.RecordBatch, avro.Datums]]) -> list[verification
     return verifier.verdicts()
 
 
+def test_whole_copies_need_no_second_reading() -> None:
+    """Their digests say that they are the same, however each is divided."""
+    verifier = verification.Verifier()
+    for batch, datums in batches_of(STREAM, [3, 11]) + batches_of(STREAM, [7]):
+        verifier.add(batch, datums, "source")
+
+    assert not verifier.settle()
+    assert ["complete"] == [verdict.state for verdict in verifier.verdicts()]
+
+
 STREAM = recorded([9, 0, 14, 3])
 PIECES = st.lists(st.integers(0, len(STREAM)), max_size=8)
 
@@ -694,18 +715,20 @@ MIDNIGHT_US = 1_767_398_400_000_000
 
 
 def over_midnight(folder: Path) -> Path:
-    """A stream from 23:50 to 00:10, a bind a second, whose clock goes to and fro around midnight."""
+    """A stream from 23:50 to 00:10, a bind a second; at midnight there are more, out of order by half a second."""
     rows = recorded([100] * 12)
     for row in rows:
-        jitter = (row["pos"] * 7919) % 500_000
-        row["time"] = MIDNIGHT_US + (row["pos"] - 600) * 1_000_000 - jitter - (500_000 if row["pos"] % 2 else 0)
+        place = row["pos"] - 600
+        jitter = 250_000 if place % 2 else -250_000
+        row["time"] = MIDNIGHT_US + (place * 50_000 + jitter if abs(place) < 10 else place * 1_000_000)
     return written(folder, rechained(rows), block=50)
 
 
 def test_a_stream_over_midnight_lies_in_two_days(tmp_path: Path) -> None:
     """Records around midnight are in two files out of order, and nothing is missing."""
     over_midnight(tmp_path)
-    assert 2 == len(list(tmp_path.glob("date=*")))
+    first, second = (_positions(folder) for folder in sorted(tmp_path.glob("date=*")))
+    assert max(first) > min(second) + 5
 
     found = only(verified(tmp_path))
     assert ("complete", 0, found["records"] - 1) == (found["state"], found["code"], found["proven"])
@@ -728,6 +751,30 @@ def test_what_lies_outside_the_range_is_no_loss(flags: tuple[str, ...], tmp_path
     assert ("part", 0, 0, []) == (found["state"], found["code"], found["missing"], found["forgeries"])
     assert {"outside"} >= {gap["why"] for gap in found["gaps"]}
     assert found["proven"] > 500
+
+
+def _positions(folder: Path) -> list[int]:
+    done = replay("--files", folder, "-i=false", "--info", "-o", "custom-columns=pos")
+    return [int(line) for line in done.out.splitlines()[1:]]
+
+
+def test_an_idle_node_begins_its_day_late(tmp_path: Path) -> None:
+    """What comes a minute after the beginning of the range may be the first; more than that is a loss."""
+    rows = recorded()
+    for row in rows:
+        row["time"] = MIDNIGHT_US + (row["pos"] - 30) * 60_000_000 + 59_000_000
+    rows = rechained(rows)
+    written(tmp_path / "idle", rows)
+    cut = [row for row in rows if row["time"] < MIDNIGHT_US or row["time"] > MIDNIGHT_US + 100_000_000]
+    written(tmp_path / "cut", cut)
+
+    assert ("part", [(0, 29)]) == _day(tmp_path / "idle")
+    assert ("undeclared loss", [(0, 30)]) == _day(tmp_path / "cut")
+
+
+def _day(folder: Path) -> tuple[str, list[tuple[int, int]]]:
+    found = only(verified(folder, "--from", "2026-01-03"))
+    return found["state"], spans(found["gaps"])
 
 
 def test_a_loss_inside_the_range_stays_one(tmp_path: Path) -> None:
@@ -911,6 +958,11 @@ def test_another_schema_is_another_chain() -> None:
 
     assert "forged" == verdict.state
     assert (0, 21) == (verdict.forgeries[0].first_pos, verdict.forgeries[0].last_pos)
+    # A part of the stream alone, in a chain that begins as it should.
+    tail = avro.encode(batch.slice(60)).to_pylist()
+    renamed = avro.decode(tail, swapped_names).batch
+    (verdict,) = judged([*batches_of(rows[:60], []), (renamed, avro.MessageDatums(swapped_names, tail, 0))])
+    assert [(60, LAST)] == [(one.first_pos, one.last_pos) for one in verdict.forgeries]
 
 
 # --- what a user sees ---------------------------------------------------------------------------------------------
