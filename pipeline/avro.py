@@ -794,6 +794,11 @@ class MessageDatums:
         frame = self._frame_bytes
         return b"".join([value[frame:] for value in self._values[first:end]])
 
+    def pick(self, rows: list[int]) -> bytes:
+        """The datums of these rows, in this order."""
+        frame, values = self._frame_bytes, self._values
+        return b"".join([values[row][frame:] for row in rows])
+
     def borders(self, first: int, end: int) -> list[int]:
         """Where in ``of(first, end)`` each of its datums begins, and where the last one ends."""
         borders = [0]
@@ -821,6 +826,10 @@ class BlockDatums:
         """The datums of rows ``first`` to before ``end``, one directly behind the other."""
         start = self._border(first)
         return memoryview(self._payload)[start : self._border(end)]
+
+    def pick(self, rows: list[int]) -> bytes:
+        """The datums of these rows, in this order."""
+        return b"".join([self.of(row, row + 1) for row in rows])
 
     def borders(self, first: int, end: int) -> list[int]:
         """Where in ``of(first, end)`` each of its datums begins, and where the last one ends."""

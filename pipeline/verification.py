@@ -17,7 +17,7 @@ import bisect
 import hashlib
 import json
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -33,7 +33,7 @@ COMPLETE, UNREADABLE, DECLARED, UNDECLARED = 0, 3, 4, 5
 """Exit codes, from the best to the worst: 0, 4, 3, 5."""
 _RANK = {code: rank for rank, code in enumerate((COMPLETE, DECLARED, UNREADABLE, UNDECLARED))}
 
-MAX_EPOCHS = 100_000
+MAX_EPOCHS = 50_000
 MAX_LANES = 2_000
 """Runs of one epoch that are kept apart."""
 MAX_PIECES = 10_000
@@ -144,13 +144,16 @@ class Verdict:
 
 
 class Datums(Protocol):
-    """The bytes of a batch's rows: ``of(first, end)`` those of some, one directly behind the other; ``borders(first,
-    end)`` where in them each begins, and where the last ends. ``schema.sha256`` is what they were read with."""
+    """The bytes of a batch's rows: ``of(first, end)`` those of some, one directly behind the other, ``pick`` those of
+    any; ``borders(first, end)`` where in ``of`` each begins, and where the last ends. ``schema.sha256`` is what they
+    were read with."""
 
     @property
     def schema(self) -> Any: ...
 
     def of(self, first: int, end: int) -> bytes | memoryview: ...
+
+    def pick(self, rows: list[int]) -> bytes: ...
 
     def borders(self, first: int, end: int) -> list[int]: ...
 
@@ -301,15 +304,22 @@ class _Run(NamedTuple):
     def end(self) -> int:
         return self.first_pos + len(self.rows)
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Rows that lie side by side, for positions ``first`` to before ``end``: position, first row, end."""
-        rows = self.rows[first - self.first_pos : end - self.first_pos]
-        if int(rows[-1]) - int(rows[0]) == len(rows) - 1:
-            yield first, int(rows[0]), int(rows[-1]) + 1
-            return
-        breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
-        for low, high in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-            yield first + low, int(rows[low]), int(rows[high - 1]) + 1
+    def data(self, first: int, end: int) -> bytes | memoryview:
+        """The datums of positions ``first`` to before ``end``."""
+        rows = self._rows(first, end)
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return self.datums.of(int(rows[0]), int(rows[-1]) + 1)
+        return self.datums.pick(rows.tolist())
+
+    def borders(self, first: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Where in ``data`` each of them begins, and where the last ends."""
+        rows = self._rows(first, end)
+        if rows[-1] - rows[0] == len(rows) - 1:
+            return np.array(self.datums.borders(int(rows[0]), int(rows[-1]) + 1))
+        return np.cumsum([0, *(self.datums.borders(row, row + 1)[1] for row in rows.tolist())])
+
+    def _rows(self, first: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return self.rows[first - self.first_pos : end - self.first_pos]
 
 
 # --- the work -----------------------------------------------------------------------------------------------------
@@ -349,7 +359,6 @@ class Verifier:
         """The next records, of whatever nodes; ``source`` is the file or the partition that they come from."""
         times = batch.column("time").view(pa.int64()).to_numpy()
         own = _own_rows(batch)
-        own_rows = np.fromiter(own, np.int64)
         for node, name, rows, positions in _grouped(batch):
             if not self._wanted(node):
                 continue
@@ -366,12 +375,13 @@ class Verifier:
                 rows, positions = rows[positions >= 0], positions[positions >= 0]
                 if not len(rows):
                     continue
+            told = own.get((node, name))
             breaks = (np.flatnonzero(np.diff(positions) != 1) + 1).tolist()
             for low, high in zip([0, *breaks], [*breaks, len(rows)], strict=True):
-                mine = rows[low:high]
-                told = own_rows[np.searchsorted(own_rows, mine[0]) : np.searchsorted(own_rows, mine[-1], "right")]
-                told = told[np.isin(told, mine)] if len(told) else told
-                closings = self._heard(epoch, [own[row] for row in told.tolist()])
+                mine, heard = rows[low:high], []
+                while told and told[0][0] <= mine[-1]:
+                    heard.append(told.popleft()[1])
+                closings = self._heard(epoch, heard) if heard else []
                 run = _Run(int(positions[low]), mine, datums, closings, times[mine])
                 self._run(epoch, run, source, fresh=low == 0)
             epoch.unread_at = len(self._notes)
@@ -447,27 +457,21 @@ class Verifier:
         at, end = run.first_pos, run.end
         while at < end:
             lane = epoch.ends.get(at)
+            if lane is None and len(epoch.lanes) >= MAX_LANES:
+                epoch.beyond += end - at
+                break
             if lane is None:
                 self._note_unread(epoch, at, source, fresh=fresh)
                 if (until := _repeated(epoch, run, at)) > at:
                     epoch.repeat(at, until)
                     at = until
                     continue
-                lane = self._new_lane(epoch, run, at)
-            if lane is None:
-                epoch.beyond += end - at
-                break
+                lane = _Lane(at, at, 0 if at == 0 else None, front_end=at)
+                lane.first_us = lane.last_us = int(run.times[at - run.first_pos])
+                epoch.lanes.append(lane)
             self._extend(epoch, lane, run, at)
             at = end
         epoch.at, epoch.source = end, source
-
-    def _new_lane(self, epoch: _Epoch, run: _Run, at: int) -> _Lane | None:
-        if len(epoch.lanes) >= MAX_LANES:
-            return None
-        lane = _Lane(at, at, 0 if at == 0 else None, front_end=at)
-        lane.first_us = lane.last_us = int(run.times[at - run.first_pos])
-        epoch.lanes.append(lane)
-        return lane
 
     def _note_unread(self, epoch: _Epoch, at: int, source: str, *, fresh: bool) -> None:
         """What could not be read since this epoch was last heard of may be why positions are missing before ``at``.
@@ -504,18 +508,17 @@ class Verifier:
     def _absorb(self, lane: _Lane, run: _Run, first: int, end: int) -> None:
         if first == end:
             return
-        for pos, row, row_end in run.pieces(first, end):
-            data = run.datums.of(row, row_end)
-            if lane.anchor is not None:
-                lane.digest.update(data)
-            elif lane.held:
-                lane.front.append(_Front(pos, bytes(data), np.array(run.datums.borders(row, row_end))))
-                self._held += len(data)
-                if self._held > MAX_HELD_BYTES:
-                    self._held -= sum(len(piece.data) for piece in lane.front)
-                    lane.front, lane.held = [], False
-        if lane.anchor is None:
-            lane.front_end = end
+        data = run.data(first, end)
+        if lane.anchor is not None:
+            lane.digest.update(data)
+            return
+        lane.front_end = end
+        if lane.held:
+            lane.front.append(_Front(first, bytes(data), run.borders(first, end)))
+            self._held += len(data)
+            if self._held > MAX_HELD_BYTES:
+                self._held -= sum(len(piece.data) for piece in lane.front)
+                lane.front, lane.held = [], False
 
     def _close(self, epoch: _Epoch, lane: _Lane, closing: _Closing) -> None:
         """A checkpoint in a lane: what its digest covers is as it was, or is not."""
@@ -806,17 +809,20 @@ def _hash(text: str | None) -> bytes | None:
 _BIND = pa.scalar("bind")
 
 
-def _own_rows(batch: pa.RecordBatch) -> dict[int, dict[str, Any]]:
-    """The stream's own records of a batch, by row, times in microseconds."""
+def _own_rows(batch: pa.RecordBatch) -> dict[tuple[str, str], deque[tuple[int, dict[str, Any]]]]:
+    """The stream's own records of a batch by node and epoch, with their rows, ascending; times in microseconds."""
     told = pc.and_(pc.not_equal(batch.column("kind"), _BIND), pc.is_valid(batch.column("testimony")))
     rows = pc.indices_nonzero(told)
+    found: dict[tuple[str, str], deque[tuple[int, dict[str, Any]]]] = {}
     if not len(rows):
-        return {}
+        return found
     names = ["node", "epoch", "kind", "pos", "time", "message", "testimony"]
     chosen = batch.select(names).take(rows)
     times = chosen.column("time").view(pa.int64()).to_pylist()
-    records = chosen.drop_columns(["time"]).to_pylist()
-    return {row: record | {"time": time} for row, record, time in zip(rows.to_pylist(), records, times, strict=True)}
+    for row, record, time in zip(rows.to_pylist(), chosen.drop_columns(["time"]).to_pylist(), times, strict=True):
+        record["time"] = time
+        found.setdefault((record["node"], record["epoch"]), deque()).append((row, record))
+    return found
 
 
 def _grouped(

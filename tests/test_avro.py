@@ -287,6 +287,7 @@ def test_the_bytes_of_any_rows_are_their_datums(batch: pa.RecordBatch, data: st.
     for source in (block, messages):
         assert b"".join(datums[first:end]) == source.of(first, end)
         assert [len(b"".join(datums[first:row])) for row in range(first, end + 1)] == source.borders(first, end)
+        assert b"".join(datums[first:end:2]) == source.pick(list(range(first, end, 2)))
 
 
 @pytest.mark.parametrize("writer", [avro.ours(), "older"])
