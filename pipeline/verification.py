@@ -91,6 +91,7 @@ class Verdict:
     ``proven`` of them are covered by a digest that is right; ``signed`` when every checkpoint has a signature.
     ``lost`` are attempts by cause that the kernel could not hand over, as the stream declares. ``cut`` says what could
     not be read behind the last record, or is empty; ``doubtful`` that not everything could be compared or proven.
+    ``head`` is that of the last checkpoint, to be compared with one that was noted elsewhere.
     ``missing`` counts positions by why; the first of them are listed in ``gaps``.
     """
 
@@ -102,6 +103,7 @@ class Verdict:
     signed: bool
     first_us: int
     last_us: int
+    head: str | None
     attempted: int | None
     lost: Mapping[str, int]
     missing: Mapping[Why, int]
@@ -258,7 +260,8 @@ class _Epoch:
     forgeries: list[Forgery] = field(default_factory=list)
     declared: list[tuple[int, int, str]] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
-    attempted: tuple[int, int] | None = None
+    newest: tuple[int, str | None, int | None] = (-1, None, None)
+    """Of the last checkpoint: its position, head, and counter of attempts."""
     stop: int | None = None
     closings: int = 0
     without: int = 0
@@ -417,9 +420,8 @@ class Verifier:
                 continue
             if kind == "stop":
                 epoch.stop = pos if epoch.stop is None else max(pos, epoch.stop)
-            attempted = dict(told["counts"]).get("attempted")
-            if attempted is not None and (epoch.attempted is None or pos > epoch.attempted[0]):
-                epoch.attempted = (pos, attempted)
+            if pos > epoch.newest[0]:
+                epoch.newest = (pos, told["head"], dict(told["counts"]).get("attempted"))
             epoch.closings += 1
             if told["digest"] is None and told["head"] is None:
                 epoch.without += 1
@@ -687,7 +689,8 @@ class Verifier:
             signed=epoch.closings > 0 and epoch.unsigned == 0 and epoch.without == 0,
             first_us=epoch.first_us,
             last_us=epoch.last_us,
-            attempted=None if epoch.attempted is None else epoch.attempted[1],
+            head=epoch.newest[1],
+            attempted=epoch.newest[2],
             lost=dict(sorted(epoch.lost.items())),
             missing=missing,
             gaps=gaps[:MAX_SAID],
@@ -907,6 +910,7 @@ def as_json(verdict: Verdict) -> str:
         "proven": verdict.proven,
         "signed": verdict.signed,
         "missing": _missing(verdict),
+        "head": verdict.head,
         "attempted": verdict.attempted,
         "lost": dict(verdict.lost),
         "first": _iso(verdict.first_us),

@@ -131,8 +131,10 @@ LAST = 80
 
 def test_a_whole_stream_is_complete(tmp_path: Path) -> None:
     """Every record is there and covered by a digest, but the stop itself; exit code 0."""
-    found = only(verified(written(tmp_path, recorded())))
+    rows = recorded()
+    found = only(verified(written(tmp_path, rows)))
 
+    assert rows[LAST]["testimony"]["head"] == found["head"]
     assert ("complete", 0, LAST + 1, LAST) == (found["state"], found["code"], found["records"], found["proven"])
     assert ([], [], 0, {}) == (found["gaps"], found["forgeries"], found["missing"], found["lost"])
 
