@@ -94,7 +94,7 @@ struct bind_knobs {
 
 _Static_assert(sizeof(struct bind_knobs) == 152, "bind_knobs is 152 bytes, without a hole");
 
-/* One a CPU, each a cache line of its own, never reset:
+/* One a CPU and one for the reader's own counts, each a cache line of its own, never reset:
  * attempted = submitted + lost_ring_full + lost_inflight_full + lost_return_missed + faulted, exact when no attempt is
  * under way.
  */
@@ -110,5 +110,17 @@ struct bind_counters {
 };
 
 _Static_assert(sizeof(struct bind_counters) == 64, "bind_counters is a cache line");
+
+/* What the loader writes while the programs run, for them and for loaders to come; times are CLOCK_BOOTTIME, 0 is none. */
+struct bind_control {
+	__u64 opened_ns; /* every program was attached */
+	__u64 closed_ns; /* programs do nothing from here on: they may outlive who attached them */
+	__u64 since_ns;  /* what ended before is the business of the tracer before this one */
+	__u64 until_ns;  /* what ended here or later is the business of the tracer after this one */
+	__u64 earlier;   /* so many records in the ring ended before since_ns */
+	__u64 later;     /* so many ended at until_ns or later */
+};
+
+_Static_assert(sizeof(struct bind_control) == 48, "bind_control is 48 bytes, without a hole");
 
 #endif

@@ -80,13 +80,16 @@ struct {
 	__uint(max_entries, 16 << 20); /* the loader sets it */
 } ring SEC(".maps");
 
-/* An array that the reader maps, with a slot a CPU: reading a per-CPU map is a system call during which the kernel
- * skips programs on that CPU, and the counters of losses must not cause any.
+/* No knob, for it changes while the programs run. */
+volatile struct bind_control control SEC(".data.control") = {};
+
+/* An array that the reader maps, with a slot a CPU and one for the reader's own counts: reading a per-CPU map is a system
+ * call during which the kernel skips programs on that CPU, and the counters of losses must not cause any.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
-	__uint(max_entries, 1); /* the loader sets it: the number of CPUs */
+	__uint(max_entries, 1); /* the loader sets it: the number of CPUs, and one more */
 	__type(key, __u32);
 	__type(value, struct bind_counters);
 } counters SEC(".maps");
@@ -330,10 +333,13 @@ struct attempt {
 	bool fast; /* the program runs for every bind: it must cost little, whatever its loading costs */
 };
 
+/* Counters of this CPU. NULL when the tracer is closed: then nothing is to be remembered, reported or counted. */
 static __always_inline struct bind_counters *get_counters(void)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
 
+	if (control.closed_ns)
+		return NULL;
 	return bpf_map_lookup_elem(&counters, &cpu);
 }
 
@@ -601,8 +607,9 @@ static __always_inline bool remember(enum call call, struct request *request)
 	__u8 yes = 1;
 	int error; /* before Linux 6.4 only these bits of what a map returns mean anything */
 
-	if (counts)
-		request->number = ++counts->entered << 16 | bpf_get_smp_processor_id();
+	if (!counts)
+		return true;
+	request->number = ++counts->entered << 16 | bpf_get_smp_processor_id();
 	error = bpf_map_update_elem(&inflight, &key, request, BPF_NOEXIST);
 	if (error == -EEXIST) {
 		missed = bpf_map_lookup_elem(&inflight, &key);

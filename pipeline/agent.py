@@ -661,6 +661,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     if settings.probe:
         return _probe(settings)
+    if settings.unpin:
+        return _unpin(settings)
     log = telemetry.Log(settings.log_level, sys.stderr)
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -675,9 +677,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _probe(settings: config.AgentConfig) -> int:
     from pipeline.tracer import probe
 
-    report = probe.report(settings.tracer)
+    report = probe.report(settings.tracer, settings.pins)
     sys.stdout.write(probe.as_json(report) if settings.output == "json" else probe.as_text(report))
     return 0 if report.chosen else 2
+
+
+def _unpin(settings: config.AgentConfig) -> int:
+    from pipeline import tracer
+
+    assert settings.pins is not None
+    try:
+        removed = tracer.unpin(settings.pins, settings.lock)
+    except BindsnoopError as error:
+        print(f"bindsnoop-agent: {event.one_line(str(error))}", file=sys.stderr)
+        return error.exit_code
+    for what in removed:
+        print(f"removed from {settings.pins}: {event.one_line(what)}")
+    if not removed:
+        print(f"nothing is pinned below {settings.pins}")
+    return 0
 
 
 def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[], bool]) -> int:

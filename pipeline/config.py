@@ -42,12 +42,14 @@ PREFIX = "BINDSNOOP_"
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
     """Settings of ``bindsnoop-agent``. Durations are seconds, sizes bytes; None is none. Of topic and files one is set,
-    unless ``probe`` asks for nothing but a report about the host; ``output`` is the form of that.
+    unless ``probe`` asks for nothing but a report about the host, of which ``output`` is the form, or ``unpin`` for
+    nothing but to remove what is pinned.
 
     ``properties`` are those of ``-X``, for librdkafka; ``properties_file`` has more of them, which those override.
     """
 
     probe: bool
+    unpin: bool
     output: str
     topic: str | None
     files: Path | None
@@ -73,6 +75,7 @@ class AgentConfig:
     linger: float
     shutdown: float
     lock: Path
+    pins: Path | None
     segment_bytes: int
     segment_age: float
     keep_bytes: int | None
@@ -564,6 +567,14 @@ OPTIONS: tuple[Option, ...] = (
         "lock", _FILE, "Held while the agent runs, for there is one a node.", _A, _TRACE, "/run/bindsnoop/agent.lock",
     ),
     Option(
+        "pins", _or_none(_DIRECTORY), "Folder of a bpffs where the tracer outlives the agent, or none.", _A, _TRACE,
+        "/sys/fs/bpf/bindsnoop",
+    ),
+    Option(
+        "unpin", BOOLEAN, "Record nothing: end every tracer that was left below --pins, with what nobody has read.",
+        _A, _TRACE, "false", only_flag=True,
+    ),
+    Option(
         "workloads", _WORKLOADS,
         "Who knows the names of containers; auto asks Kubernetes in a pod, else docker and podman where they are.",
         _A + _L, _NAMES_OF, "auto",
@@ -895,10 +906,16 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
     if command == "live":
         return
     if command == "agent":
+        if values["probe"] and values["unpin"]:
+            raise UsageError(f"{written['unpin'].where} and {written['probe'].where} exclude each other; choose one.")
+        if values["unpin"] and values["pins"] is None:
+            raise UsageError(f"{written['unpin'].where} needs a folder, and {written['pins'].where} says none.")
         if values["probe"]:
             return
         if written["output"].layer == _FLAGS:
             raise UsageError(f"{written['output'].where} is set without --probe, which it needs.")
+        if values["unpin"]:
+            return
     if values["topic"] is None and not values["files"]:
         verb = "write to" if command == "agent" else "read"
         where = "--topic NAME, --files DIR, or both" if command == "agent" else "--topic NAME, --files PATH…, or both"

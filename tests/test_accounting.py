@@ -38,7 +38,9 @@ class Runs:
         self._library.bpf_object__find_map_by_name.restype = ctypes.c_void_p
         self._library.bpf_object__find_program_by_name.restype = ctypes.c_void_p
         ring = Ring(self.map("ring"), ring_bytes, wakeup_bytes=1, max_records=99, wait=lambda _: None)
-        self.tracer = libbpf.LibbpfTracer("none", libbpf.Attached(), (), (), ring, self._object, held.pop_all())
+        maps = {"ring": self.map("ring"), "counters": self.map("counters"), "inflight": self.map("inflight")}
+        maps["control"] = self.map(".data.control")
+        self.tracer = libbpf.LibbpfTracer("none", libbpf.Attached(), (), (), ring, maps, {}, held.pop_all())
 
     def map(self, name: str) -> int:
         """Descriptor of a map."""

@@ -27,12 +27,13 @@ MAY_IMPORT = {
 IN_TRACER = {
     "coverage": set(),
     "host": set(),
+    "pins": {"host"},
     "ring": {"__init__"},
     "perf_buffer": {"__init__", "host"},
-    "libbpf": {"__init__", "coverage", "host", "ring"},
-    "bcc": {"__init__", "coverage", "host", "perf_buffer"},
-    "probe": {"__init__", "coverage", "host", "libbpf"},
-    "__init__": {"libbpf", "bcc"},
+    "libbpf": {"__init__", "coverage", "host", "pins", "ring"},
+    "bcc": {"__init__", "coverage", "host", "perf_buffer", "pins"},
+    "probe": {"__init__", "bcc", "coverage", "host", "libbpf", "pins"},
+    "__init__": {"libbpf", "bcc", "pins"},
 }
 """What each module of the tracer may import of the others."""
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import TIERS, coverage, open_tracer
+from pipeline.tracer import TIERS, coverage, host, open_tracer
 from tests.commands import BIN, agent_running, environment, replay, run, until
 from tests.kernel.plugin import build
 
@@ -41,6 +41,14 @@ NO_KPROBES = "this kernel has no kprobes (it is built without CONFIG_KPROBE_EVEN
 def built() -> None:
     """The BPF object of this source."""
     build()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder in a bpffs of this test's own, which every process of this user can reach."""
+    mounted = host.private_mount("bpf")
+    yield Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
+    os.close(mounted)
 
 
 def probed(*argv: str, **extra: str) -> tuple[int, Json]:
@@ -81,7 +89,10 @@ def test_json_says_what_opening_each_tier_gives() -> None:
         assert (tier["hooks"], tier["works"], tier["why_not"]) == (list(hooks), refusal is None, refusal)
         assert tier["gaps"] == {name: coverage.GAPS[name] for name in gaps or tier["gaps"]}
         assert set(coverage.EVERYWHERE) <= set(tier["gaps"])
-        assert tier["blind_on_restart"] == tier["restart"].startswith("blind")
+        if tier["works"]:
+            assert tier["blind_on_restart"] == tier["restart"].startswith("blind")
+        else:
+            assert (tier["blind_on_restart"], tier["restart"]) == (None, None)
         assert 0 <= tier["load_ms"] < 60_000
         assert tier["lacking"] == []
     with contextlib.closing(open_tracer()) as tracer:
@@ -116,8 +127,35 @@ def test_text_is_for_people() -> None:
     assert [block.partition(":")[0] for block in blocks] == list(TIERS)
     for block in blocks:
         labels = [line[2:10].strip() for line in block.splitlines()[1:] if line[2:10].strip()]
-        assert labels in (["hooks", "needs", "restart", "misses"], ["why", "needs", "restart", "misses"])
+        assert labels in (["hooks", "needs", "restart", "misses"], ["why", "needs", "misses"])
     assert max(map(len, done.out.splitlines())) <= 100
+
+
+def test_whether_a_restart_is_blind_is_found_by_pinning(place: Path) -> None:
+    """In a bpffs a tier's links are really pinned, and nothing stays; elsewhere the sentence says what is missing."""
+    there = {tier["tier"]: tier for tier in probed("--pins", str(place))[1]["tiers"] if tier["works"]}
+    elsewhere = {tier["tier"]: tier for tier in probed("--pins", "/proc/x")[1]["tiers"] if tier["works"]}
+    never = {tier["tier"]: tier for tier in probed("--pins", "none")[1]["tiers"] if tier["works"]}
+
+    for name in there:
+        with contextlib.closing(open_tracer(name, pins=place, epoch="0" * 16)) as tracer:
+            assert there[name]["blind_on_restart"] is not tracer.pinned
+            tracer.detach()
+        assert (elsewhere[name]["blind_on_restart"], never[name]["blind_on_restart"]) == (True, True)
+        if name != "bcc":
+            assert "blind until the next agent has started: /proc/x is in no bpffs; mount" in elsewhere[name]["restart"]
+            assert never[name]["restart"].endswith("nothing is to be pinned (--pins none)")
+    assert list(place.iterdir()) == []
+
+
+def test_a_probe_beside_an_agent_that_is_pinned(place: Path) -> None:
+    """The agent's own pins stay as they are, and what it records is its own."""
+    with contextlib.closing(open_tracer(pins=place, epoch="0" * 16)) as tracer:
+        before = [path.name for path in place.iterdir()]
+        code, said = probed("--pins", str(place))
+        assert (code, [path.name for path in place.iterdir()]) == (0, before)
+        assert not next(tier for tier in said["tiers"] if tier["tier"] == tracer.name)["blind_on_restart"]
+        tracer.detach()
 
 
 @pytest.mark.parametrize("name", TIERS)

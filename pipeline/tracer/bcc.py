@@ -26,13 +26,13 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 
 from pipeline import carried
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import coverage, host
+from pipeline.tracer import coverage, host, pins
 from pipeline.tracer.perf_buffer import PerfBuffers, cpus
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from pipeline.tracer import Burst, Wanted
+    from pipeline.tracer import Burst, Tracer, Wanted
 
 
 class Function(NamedTuple):
@@ -88,6 +88,8 @@ _CALLS_AT_ONCE: Final = 1024
 
 _SWEEP_SECS: Final = 30.0
 """A request that has been under way for so long is taken for one whose end was missed: binds take microseconds."""
+
+NO_PINS: Final = "nothing of tier bcc outlives its process"
 
 _INSTALL: Final = "Debian, Ubuntu: apt-get install python3-bpfcc; Fedora: dnf install python3-bcc"
 
@@ -246,6 +248,10 @@ class BccTracer:
         self.hooks: Sequence[str] = tuple(attached.hooks)
         self.notes: Sequence[str] = tuple(notes)
         self.gaps: Sequence[str] = tuple(gaps)
+        self.epoch = ""
+        self.resumed = False
+        self.pinned = False
+        self.before: Sequence[Tracer] = ()
         self.held = held
         self._buffers = buffers
         self._attached = attached
@@ -311,8 +317,14 @@ class BccTracer:
 
     def close(self) -> None:
         """The contract is ``Tracer.close``'s."""
+        for earlier in self.before:
+            earlier.close()
         self.detach()
         self.held.close()
+
+    def pin(self, place: pins.Place, epoch: str, digest: str) -> NoReturn:  # noqa: ARG002 - as others do it
+        """Raises NoPins."""
+        raise pins.NoPins(NO_PINS)
 
 
 class Attached:

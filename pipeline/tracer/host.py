@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -173,7 +174,8 @@ class ReturnProbe:
     """A return probe that is defined in tracefs, where alone it can be said how many calls it follows at once.
 
     By itself it follows one a CPU, or two and at least ten, and the ends of all further calls are missed. ``id`` is
-    what perf_event_open takes. The definition does nothing by itself; ``remove`` takes it away.
+    what perf_event_open takes. The definition does nothing by itself, and what is attached to it keeps it there;
+    ``remove_return_probes`` takes it away.
     """
 
     def __init__(self, function: str, calls: int) -> None:
@@ -181,27 +183,39 @@ class ReturnProbe:
         self._name = f"{_GROUP}/{function}_{os.getpid()}_{next(_numbers)}"
         with tracefs(f"to follow {calls} calls of {function} at once") as root:
             try:
-                self._write(root, f"r{calls}:{self._name} {function}")
+                _define(root, f"r{calls}:{self._name} {function}")
                 self.id = int(_text(root, f"events/{self._name}/id"))
             except OSError as error:
                 raise TracerUnavailable(f"tracefs cannot be written ({error.strerror})") from error
 
-    def remove(self) -> None:
-        """Takes the definition away, and those that others left behind; what is in use stays."""
-        with contextlib.suppress(OSError, TracerUnavailable), tracefs("to remove a probe") as root:
-            for line in _text(root, "kprobe_events").splitlines():
-                name = line.partition(":")[2].partition(" ")[0]
-                if name.startswith(f"{_GROUP}/"):
-                    with contextlib.suppress(OSError):
-                        self._write(root, f"-:{name}")
 
-    @staticmethod
-    def _write(root: int, line: str) -> None:
-        events = os.open("kprobe_events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, dir_fd=root)
-        try:
-            os.write(events, f"{line}\n".encode("ascii"))
-        finally:
-            os.close(events)
+def remove_return_probes(wait_secs: float = 0.0) -> None:
+    """Takes away our definitions, also those that others left behind; what is in use stays.
+
+    The kernel lets go of what was pinned a moment after it is removed: ``wait_secs`` is how long to wait for that.
+    """
+    deadline = time.monotonic() + wait_secs
+    with contextlib.suppress(OSError, TracerUnavailable), tracefs("to remove a probe") as root:
+        while names := [name for line in _text(root, "kprobe_events").splitlines() if (name := _ours(line))]:
+            for name in names:
+                with contextlib.suppress(OSError):
+                    _define(root, f"-:{name}")
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.01)
+
+
+def _ours(line: str) -> str | None:
+    name = line.partition(":")[2].partition(" ")[0]
+    return name if name.startswith(f"{_GROUP}/") else None
+
+
+def _define(root: int, line: str) -> None:
+    events = os.open("kprobe_events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, dir_fd=root)
+    try:
+        os.write(events, f"{line}\n".encode("ascii"))
+    finally:
+        os.close(events)
 
 
 def root_cgroup() -> int:

@@ -9,6 +9,9 @@ leaves a gap with a name, any other refuses the tier.
 
 What reads the ring is imported behind the loading, so that another thread can import the rest while the kernel checks
 the programs: each takes about as long as the other.
+
+Pinned, all of it outlives the process: ``take_over`` finds it again, and ``hand_over`` divides the binds between two
+tracers that were attached at the same time. Counts that are not the kernel's stand beside its own, in the same map.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import hashlib
 import mmap
 import os
 import platform
@@ -30,17 +34,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pipeline import carried
+from pipeline import __version__, carried
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import coverage, host
+from pipeline.tracer import coverage, host, pins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
-    from pipeline.tracer import Burst, Wanted
+    from pipeline.tracer import Burst, Tracer, Wanted
     from pipeline.tracer.ring import Ring
 
 
@@ -128,6 +132,15 @@ _CALL_TRACEPOINT, _CALL_INET, _CALL_MPTCP = 0, 3, 4
 _CALLS_AT_ONCE: Final = 1024
 """Calls of one function whose ends are followed at the same time, where tracefs can be written."""
 
+_FORM: Final = "bind_event 416, bind_counters 64, bind_control 48; 1"
+"""Of what a tracer shares with the next one; the last number grows when a layout changes that keeps its size."""
+
+_OVERLAP_SECS: Final = 0.02
+"""How long two tracers are attached at the same time, at least, when one hands over to the other."""
+
+_QUIET_NS: Final = 20_000
+"""The programs of two tracers see the same bind within a few µs: so long a silence divides the binds between them."""
+
 _SWEEP_SECS: Final = 30.0
 """A request that has been under way for so long is taken for one whose end was missed: binds take microseconds."""
 
@@ -178,11 +191,13 @@ def _libbpf() -> SimpleNamespace:
         ("bpf_program__fd", number, (pointer,)),
         ("bpf_program__set_autoload", number, (pointer, ctypes.c_bool)),
         ("bpf_program__attach_perf_event", pointer, (pointer, number)),
-        ("bpf_program__attach_kprobe", pointer, (pointer, ctypes.c_bool, text)),
         ("bpf_program__attach_trace", pointer, (pointer,)),
         ("bpf_program__attach_cgroup", pointer, (pointer, number)),
         ("bpf_link__destroy", number, (pointer,)),
+        ("bpf_link__disconnect", None, (pointer,)),
         ("bpf_link__fd", number, (pointer,)),
+        ("bpf_obj_pin", number, (number, text)),
+        ("bpf_obj_get", number, (text,)),
         ("bpf_map_get_next_key", number, (number, pointer, pointer)),
         ("bpf_map_lookup_elem", number, (number, pointer, pointer)),
         ("bpf_map_delete_elem", number, (number, pointer)),
@@ -208,9 +223,10 @@ def _libbpf() -> SimpleNamespace:
 
 
 class LibbpfTracer:
-    """A ``Tracer`` over one loaded object; ``open_tier`` makes it.
+    """A ``Tracer`` over programs in the kernel; ``open_tier`` loads them, ``take_over`` finds them pinned.
 
-    ``held`` is what ``close`` lets go, last first.
+    ``maps`` are descriptors by name, ``alone`` those of the programs without a partner. ``held`` is what ``close`` lets
+    go, last first. ``folder`` is where it was found pinned.
     """
 
     def __init__(
@@ -220,25 +236,48 @@ class LibbpfTracer:
         notes: Sequence[str],
         gaps: Sequence[str],
         ring: Ring,
-        loaded: int,
+        maps: Mapping[str, int],
+        alone: Mapping[str, int],
         held: contextlib.ExitStack,
+        folder: pins.Folder | None = None,
     ) -> None:
         self.name = name
-        self.hooks: Sequence[str] = tuple(str(hook) for hook in attached.hooks if not hook.spare)
+        self.hooks: Sequence[str] = tuple(attached.hooks)
         self.notes: Sequence[str] = tuple(notes)
         self.gaps: Sequence[str] = tuple(gaps)
+        self.before: Sequence[Tracer] = ()
+        self.epoch = folder.epoch if folder else ""
+        self.resumed = folder is not None
         self.ring = ring
         self.held = held
+        self._folder = folder
         self._attached = attached
-        self._alone: dict[tuple[str, str], list[int]] = {}
-        for hook in attached.hooks:
-            if hook.alone:
-                copies = self._alone.setdefault((hook.kind, hook.target), [])
-                copies.append(_program_descriptor(loaded, hook.program))
-        self._counters = _map_counters(_map(loaded, "counters"))
-        self._inflight = Inflight(_map(loaded, "inflight"))
-        # An end whose call began before the beginning was hooked is no loss of this tracer's.
-        self._skipped_before = int(self._counters[:, _COUNTERS.index("skipped")].sum())
+        self._maps = maps
+        self._alone = dict(alone)
+        self._detached = False
+        self._counters = _map_counters(maps["counters"])
+        self._inflight = Inflight(maps["inflight"], self._count)
+        self.control = Control(maps["control"])
+        ring.since_ns, ring.until_ns = self.control["since_ns"], self.control["until_ns"]
+        if not self.resumed:
+            # An end whose call began before the beginning was hooked is no loss of this tracer's.
+            self._count("skipped", -int(self._counters[:, _COUNTERS.index("skipped")].sum()))
+            self.control["opened_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    @property
+    def pinned(self) -> bool:
+        """The contract is ``Tracer.pinned``'s."""
+        return self._folder is not None
+
+    @property
+    def attached(self) -> bool:
+        """Whether it records."""
+        return not self.control["closed_ns"]
+
+    @property
+    def digest(self) -> str:
+        """Of what is pinned, empty when nothing is."""
+        return self._folder.digest if self._folder else ""
 
     def read(self, timeout_s: float, idle_s: float = 0.0) -> Burst | None:
         """The contract is ``Tracer.read``'s."""
@@ -258,81 +297,186 @@ class LibbpfTracer:
         ``lost_return_missed`` counts calls whose end was never seen. ``lost_hook_skipped`` is how often a hook was
         passed by without being run: each time may have been a bind, so it is the most that can be lost that way.
         """
-        totals = self._counters.sum(axis=0)
-        counts = {name: int(total) for name, total in zip(_COUNTERS, totals, strict=False)}
         self._inflight.sweep()
-        skipped = counts.pop("skipped") - self._skipped_before + self._inflight.skipped
-        counts["lost_return_missed"] += self._inflight.missed
-        counts["lost_hook_skipped"] = max(skipped, self._passed_by())
-        counts["attempted"] += self._inflight.missed + counts["lost_hook_skipped"]
+        counts = self._totals()
+        counts["lost_hook_skipped"] = max(counts.pop("skipped"), self._passed_by())
+        counts["attempted"] += counts["lost_hook_skipped"]
+        others = self.control["earlier"] + self.control["later"]
+        counts["attempted"] -= others
+        counts["submitted"] -= others
         return counts
+
+    def _totals(self) -> dict[str, int]:
+        return {name: int(total) for name, total in zip(_COUNTERS, self._counters.sum(axis=0), strict=False)}
+
+    def _count(self, name: str, number: int) -> None:
+        """Adds to our own row of the counters; the sum over the rows is never below 0."""
+        import numpy as np
+
+        at = _COUNTERS.index(name)
+        self._counters[-1, at : at + 1] += np.uint64(number & (1 << 64) - 1)
 
     def detach(self) -> None:
         """The contract is ``Tracer.detach``'s."""
-        self._passed_by()
-        self._attached.links.close()
-        self._inflight.sweep(final=True)
+        self.shut()
+        if not self._detached:
+            self._inflight.sweep(final=True)
+            self._detached = True
+
+    def shut(self) -> None:
+        """Nothing is recorded from here on. A call under way keeps its request, and is not counted yet."""
+        passed_by = self._passed_by()
+        if not self.control["closed_ns"]:
+            self.control["closed_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        # What the kernel counts is gone with the programs.
+        self._count("skipped", max(0, passed_by - self._totals()["skipped"]))
+        self._alone.clear()
+        if self._folder:
+            for name in self._folder.names("link_"):
+                (self._folder.path / f"link_{name}").unlink()
+        self._attached.close(wait_secs=0.5 if self._folder else 0.0)
+        _wait_for_programs()
 
     def close(self) -> None:
         """The contract is ``Tracer.close``'s."""
-        self._attached.links.close()
+        for earlier in self.before:
+            earlier.close()
+        self._attached.close()
+        if self._folder and self._detached and self.ring.empty():
+            self._folder.remove()
+        self._folder = None
         self.held.close()
 
     def _passed_by(self) -> int:
         """How often the kernel says that it did not run a hook that has no partner, none of its copies."""
-        return sum(min(map(_times_skipped, copies)) for copies in self._alone.values()) + self._attached.probes_missed()
+        copies: dict[str, list[int]] = {}
+        for program, descriptor in self._alone.items():
+            copies.setdefault(program.partition("_spare")[0], []).append(_times_skipped(descriptor))
+        return sum(map(min, copies.values())) + self._attached.probes_missed()
+
+    # --- beyond the end of the process ---
+
+    def pin(self, place: pins.Place, epoch: str, digest: str) -> None:
+        """Keeps all of it in the kernel when the process ends. NoPins when that is not possible, and nothing is."""
+        with self._pinned_in(place, epoch, digest):
+            pass
+        self.epoch = epoch
+        self._folder = pins.Folder(place.path / f"{epoch}-{digest}", epoch, digest)
+
+    def try_to_pin(self, place: pins.Place) -> None:
+        """As ``pin``, but nothing stays."""
+        with self._pinned_in(place, "0" * 16, "0" * 16, keep=False):
+            pass
+
+    @contextlib.contextmanager
+    def _pinned_in(self, place: pins.Place, epoch: str, digest: str, *, keep: bool = True) -> Iterator[None]:
+        texts = {
+            "form": _FORM, "tier": self.name, "hooks": ", ".join(self.hooks), "gaps": ",".join(self.gaps),
+            "links": ",".join(sorted(self._attached.links)),
+            **{f"note_{number}": note for number, note in enumerate(self.notes)},
+        }  # fmt: skip
+        with place.making(epoch, digest, keep=keep) as path:
+            for name, descriptor in self._maps.items():
+                _pin(descriptor, path / name)
+            for program, descriptor in self._alone.items():
+                _pin(descriptor, path / f"alone_{program}")
+            for program, descriptor in self._attached.links.items():
+                _pin(descriptor, path / f"link_{program}")
+            try:
+                for name, text in texts.items():
+                    pins.write(path / name, text)
+            except OSError as error:
+                raise pins.NoPins(f"{path / name} cannot be made ({error.strerror})") from error
+            yield
+
+    # --- from one tracer to the next ---
+
+    def look(self) -> None:
+        """Remembers which calls are under way, and counts those as missed that were so the last time."""
+        self._inflight.look()
+
+    def leave_the_rest(self) -> None:
+        """Calls that are under way still are another tracer's."""
+        self._inflight.forget()
+
+
+class Control:
+    """``struct bind_control`` where the kernel sees it, a number by the name of its field."""
+
+    _FIELDS: Final = ("opened_ns", "closed_ns", "since_ns", "until_ns", "earlier", "later")
+
+    def __init__(self, descriptor: int) -> None:
+        import numpy as np
+
+        self._words = np.frombuffer(mmap.mmap(descriptor, mmap.PAGESIZE), np.uint64, len(self._FIELDS))
+
+    def __getitem__(self, field: str) -> int:
+        return int(self._words[self._FIELDS.index(field)])
+
+    def __setitem__(self, field: str, number: int) -> None:
+        self._words[self._FIELDS.index(field)] = number
 
 
 class Attached:
-    """Programs that are attached: ``hooks`` in order, and ``links``, which end them last first."""
+    """Programs that are attached: ``hooks`` as text, in order, and ``links``, descriptors by name of the program."""
 
     def __init__(self) -> None:
-        self.hooks: list[Hook] = []
-        self.links = contextlib.ExitStack()
-        self._probes: list[int] = []
+        self.hooks: list[str] = []
+        self.links: dict[str, int] = {}
+        self.in_tracefs = False
+        self._events: list[int] = []
         self._missed = 0
 
-    def add(self, hook: Hook, link: int) -> None:
-        """One more, by libbpf's pointer to its link."""
-        self.hooks.append(hook)
-        self.links.callback(_libbpf().bpf_link__destroy, link)
-        if hook.kind == "kprobe":
-            self._probes.append(link)
-            self.links.callback(self._probes.clear)
+    def add(self, hook: Hook, link: int, *events: int) -> None:
+        """One more, by the descriptors of its link and of what that hangs on."""
+        if not hook.spare:
+            self.hooks.append(str(hook))
+        self.links[hook.program] = link
+        self._events += events
 
     def probes_missed(self) -> int:
         """How often a breakpoint at a beginning was hit and not handled (``nmissed``); 0 before Linux 6.7."""
-        if self._probes:
-            self._missed = sum(_probe_misses(_libbpf().bpf_link__fd(link)) for link in self._probes)
+        probes = [link for program, link in self.links.items() if program.startswith("kprobe_")]
+        if probes:
+            self._missed = sum(map(_probe_misses, probes))
         return self._missed
+
+    def close(self, wait_secs: float = 0.0) -> None:
+        """Lets go of the links, last first: what is pinned nowhere ends. A second call does nothing."""
+        some = bool(self.links)
+        self._close(0, 0)
+        if some and self.in_tracefs:
+            host.remove_return_probes(wait_secs)
+
+    def _close(self, links: int, events: int) -> None:
+        for program in list(self.links)[: links - 1 if links else None : -1]:
+            os.close(self.links.pop(program))
+        for event in self._events[events:]:
+            os.close(event)
+        del self._events[events:]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What is added inside stands or falls as one: an error detaches it again."""
-        count, probes, outer = len(self.hooks), len(self._probes), self.links
-        with contextlib.ExitStack() as inner:
-            self.links = inner
-            try:
-                yield
-            except BaseException:
-                del self.hooks[count:]
-                del self._probes[probes:]
-                raise
-            finally:
-                self.links = outer
-            outer.push(inner.pop_all())
+        hooks, links, events = len(self.hooks), len(self.links), len(self._events)
+        try:
+            yield
+        except BaseException:
+            del self.hooks[hooks:]
+            self._close(links, events)
+            raise
 
 
 class Inflight:
     """The map of calls under way, and what is found in it that should be over.
 
-    ``missed`` and ``skipped`` count such calls: those that are lost attempts, and those that may have been.
+    ``count`` is told the name of a counter and by how much it grows, for every such call: one that is a lost attempt,
+    or that may have been.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self.missed = 0
-        self.skipped = 0
+    def __init__(self, descriptor: int, count: Callable[[str, int], None]) -> None:
         self._descriptor = descriptor
+        self._count = count
         self._lock = threading.Lock()
         self._seen: dict[int, int] = {}
         self._due = time.monotonic() + _SWEEP_SECS
@@ -342,22 +486,36 @@ class Inflight:
 
         Does nothing before ``_SWEEP_SECS`` have passed since the last time.
         """
+        if final or time.monotonic() >= self._due:
+            self.look(final=final)
+
+    def look(self, *, final: bool = False) -> None:
+        """As ``sweep``, at once."""
         with self._lock:
-            if not final and time.monotonic() < self._due:
-                return
             self._due = time.monotonic() + _SWEEP_SECS
             found = dict(self._requests())
             for key, (number, family) in found.items():
                 if final or self._seen.get(key) == number:
-                    self._count(key >> 56, family)
-                    _libbpf().bpf_map_delete_elem(self._descriptor, ctypes.byref(ctypes.c_uint64(key)))
+                    # A reader that dies in between counts it again rather than never.
+                    self._missed(key >> 56, family)
+                    self._delete(key)
             self._seen = {key: number for key, (number, _) in found.items()}
 
-    def _count(self, call: int, family: int) -> None:
+    def forget(self) -> None:
+        """Everything in it, uncounted."""
+        with self._lock:
+            for key in [key for key, _ in self._requests()]:
+                self._delete(key)
+
+    def _delete(self, key: int) -> None:
+        _libbpf().bpf_map_delete_elem(self._descriptor, ctypes.byref(ctypes.c_uint64(key)))
+
+    def _missed(self, call: int, family: int) -> None:
         if call in (_CALL_INET, _CALL_MPTCP) or (call == _CALL_TRACEPOINT and family in (2, 10)):
-            self.missed += 1
+            self._count("lost_return_missed", 1)
+            self._count("attempted", 1)
         elif call != _CALL_TRACEPOINT:
-            self.skipped += 1
+            self._count("skipped", 1)
 
     def _requests(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """Key, number and family that was asked for."""
@@ -393,26 +551,52 @@ def _info(descriptor: int, length: int) -> bytes:
 
 # --- opening a tier -----------------------------------------------------------------------------------------------
 
+_MAPS: Final = {"ring": "ring", "counters": "counters", "inflight": "inflight", "control": ".data.control"}
+"""Those that a tracer works with, by the names that they are pinned by."""
+
+
+def _has_spares(tier: str) -> bool:
+    return tier == "fexit" and _is_preemptible()
+
 
 def open_tier(name: str, *, ring_bytes: int, wakeup_bytes: int, max_records: int, wanted: Wanted) -> LibbpfTracer:
     """Loads and attaches the programs of one tier. TracerUnavailable when that is not possible."""
-    spares = name == "fexit" and _is_preemptible()
+    spares = _has_spares(name)
     given = knobs(wakeup_bytes, wanted, spares=spares)
     with contextlib.ExitStack() as held:
         attached = Attached()
-        held.callback(lambda: attached.links.close())
+        held.callback(attached.close)
         if name == "tracepoint":
             loaded, notes, gaps = _open_tracepoints(attached, given, ring_bytes, held)
         else:
             loaded, notes, gaps = _open_functions(name, attached, given, ring_bytes, held, spares)
-        from pipeline.tracer.ring import Ring
+        maps = {ours: _map(loaded, theirs) for ours, theirs in _MAPS.items()}
+        alone = {
+            hook.program: _program_descriptor(loaded, hook.program)
+            for hook in _hooks_of(name)
+            if hook.alone and hook.program in attached.links
+        }
+        ring = _ring(maps["ring"], ring_bytes, wakeup_bytes, max_records, held)
+        return LibbpfTracer(name, attached, notes, gaps, ring, maps, alone, held.pop_all())
 
-        descriptor = _map(loaded, "ring")
-        # Edge-triggered: level-triggered would answer at once as long as a single record waits.
-        waiting = held.enter_context(select.epoll())
-        waiting.register(descriptor, select.EPOLLIN | select.EPOLLET)
-        ring = Ring(descriptor, ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records, wait=waiting.poll)
-        return LibbpfTracer(name, attached, notes, gaps, ring, loaded, held.pop_all())
+
+def _ring(descriptor: int, ring_bytes: int, wakeup_bytes: int, max_records: int, held: contextlib.ExitStack) -> Ring:
+    from pipeline.tracer.ring import Ring
+
+    # Edge-triggered: level-triggered would answer at once as long as a single record waits.
+    waiting = held.enter_context(select.epoll())
+    waiting.register(descriptor, select.EPOLLIN | select.EPOLLET)
+    return Ring(descriptor, ring_bytes, wakeup_bytes=wakeup_bytes, max_records=max_records, wait=waiting.poll)
+
+
+def _hooks_of(tier: str) -> list[Hook]:
+    """All that a tier may attach."""
+    plain = (
+        _TRACEPOINTS + _POST_BIND
+        if tier == "tracepoint"
+        else tuple(hook for hooks in _FUNCTIONS.values() for hook in hooks[tier])
+    )
+    return list(_with_spares(plain))
 
 
 def _open_tracepoints(
@@ -438,7 +622,7 @@ def _open_tracepoints(
         loaded = _load_or_say("tracepoint", tracepoints, knobs, ring_bytes, held)
         notes.append(host.permission_sentence(f"post_bind is not attached, {_UNSEEN}", "NET_ADMIN"))
     for hook in tracepoints:
-        attached.add(hook, _attach(loaded, hook))
+        attached.add(hook, *_attach(loaded, hook))
     # post_bind comes last, when both know which binds are theirs.
     if cgroup_hooks:
         try:
@@ -478,7 +662,7 @@ def _open_functions(
             with attached.together():
                 for hook in hooks:
                     if not (hook.kind == "kretprobe" and _attach_return(loaded, hook, attached, notes)):
-                        attached.add(hook, _attach(loaded, hook))
+                        attached.add(hook, *_attach(loaded, hook))
         except TracerUnavailable as refusal:
             if function in _REQUIRED or (function in _WHERE_THERE_IS and not isinstance(refusal, _NotThere)):
                 raise
@@ -563,7 +747,7 @@ def load(hooks: Iterable[Hook], knobs: bytes, ring_bytes: int, held: contextlib.
         while program:
             library.bpf_program__set_autoload(program, library.bpf_program__name(program).decode() in programs)
             program = library.bpf_object__next_program(loaded, program)
-        for name, entries in (("ring", ring_bytes), ("counters", library.libbpf_num_possible_cpus())):
+        for name, entries in (("ring", ring_bytes), ("counters", library.libbpf_num_possible_cpus() + 1)):
             library.bpf_map__set_max_entries(library.bpf_object__find_map_by_name(loaded, name.encode()), entries)
         initial = library.bpf_object__find_map_by_name(loaded, b".rodata.knobs")
         size = ctypes.c_size_t()
@@ -616,33 +800,49 @@ def _map(loaded: int, name: str) -> int:
 
 
 def _map_counters(descriptor: int) -> npt.NDArray[np.uint64]:
-    """The counters where the kernel counts: one row a CPU."""
+    """The counters where the kernel counts: one row a CPU, and one of our own."""
     import numpy as np
 
-    cpus = _libbpf().libbpf_num_possible_cpus()
-    words = cpus * _COUNTERS_WORDS
+    rows = _libbpf().libbpf_num_possible_cpus() + 1
+    words = rows * _COUNTERS_WORDS
     length = -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(descriptor, length, prot=mmap.PROT_READ)
-    return np.frombuffer(memory, np.uint64, words).reshape(cpus, _COUNTERS_WORDS)
+    return np.frombuffer(mmap.mmap(descriptor, length), np.uint64, words).reshape(rows, _COUNTERS_WORDS)
 
 
-def _attach(loaded: int, hook: Hook) -> int:
-    """libbpf's pointer to the link. _NotThere when the kernel has no such place, else TracerUnavailable."""
-    library, program = _libbpf(), _program(loaded, hook.program)
+def _attach(loaded: int, hook: Hook) -> tuple[int, ...]:
+    """Descriptors of the link and of what it hangs on. _NotThere when the kernel has no such place, else
+    TracerUnavailable.
+    """
     if hook.kind == "tracepoint":
-        return _attach_tracepoint(program, hook, host.tracepoint_id(hook.target))
-    if hook.kind in ("fentry", "fexit"):
-        link = library.bpf_program__attach_trace(program)
-    else:
-        link = library.bpf_program__attach_kprobe(program, hook.kind == "kretprobe", hook.target.encode())
-    if link:
-        return int(link)
-    error = _error()
+        return _attach_event(loaded, hook, _TRACEPOINT_EVENTS, host.tracepoint_id(hook.target))
     if hook.kind in ("kprobe", "kretprobe"):
-        if error.errno == errno.ENOENT:
-            raise _NotThere(f"this kernel has no function {hook.target}") from error
-        raise host.perf_event_refused(str(hook), error) from error
-    raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
+        return _attach_probe(loaded, hook)
+    link = _libbpf().bpf_program__attach_trace(_program(loaded, hook.program))
+    if not link:
+        error = _error()
+        raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
+    return (_descriptor_of(link),)
+
+
+def _descriptor_of(link: int) -> int:
+    """The descriptor of libbpf's link, which is ours from here on: libbpf would stop what is pinned."""
+    library = _libbpf()
+    descriptor: int = library.bpf_link__fd(link)
+    library.bpf_link__disconnect(link)
+    library.bpf_link__destroy(link)
+    return descriptor
+
+
+def _attach_probe(loaded: int, hook: Hook) -> tuple[int, ...]:
+    source = Path("/sys/bus/event_source/devices/kprobe")
+    try:
+        kind = int((source / "type").read_text(encoding="ascii"))
+        bit = int((source / "format" / "retprobe").read_text(encoding="ascii").partition(":")[2])
+    except OSError as error:
+        raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)") from error
+    function = ctypes.create_string_buffer(hook.target.encode())
+    config = 1 << bit if hook.kind == "kretprobe" else 0
+    return _attach_event(loaded, hook, kind, config, ctypes.addressof(function))
 
 
 def _attach_return(loaded: int, hook: Hook, attached: Attached, notes: list[str]) -> bool:
@@ -653,25 +853,35 @@ def _attach_return(loaded: int, hook: Hook, attached: Attached, notes: list[str]
         if hook.target in _REQUIRED:
             notes.append(f"of calls that wait at the same time only the first ones' ends are followed: {refusal}")
         return False
-    attached.links.callback(probe.remove)
-    attached.add(hook, _attach_tracepoint(_program(loaded, hook.program), hook, probe.id))
+    attached.in_tracefs = True
+    attached.add(hook, *_attach_event(loaded, hook, _TRACEPOINT_EVENTS, probe.id))
     return True
 
 
-def _attach_tracepoint(program: int, hook: Hook, number_of_event: int) -> int:
-    """Attaches for every process and CPU: the program hangs on the tracepoint, the event only carries it there."""
-    attributes = ctypes.create_string_buffer(struct.pack("=IIQQQQQII", 2, 64, number_of_event, 1, 0, 0, 0, 1, 0), 64)
+_TRACEPOINT_EVENTS: Final = 2
+
+
+def _attach_event(loaded: int, hook: Hook, kind: int, config: int, function: int = 0) -> tuple[int, ...]:
+    """Attaches for every process and CPU: the program hangs on the event's place, which alone carries it there.
+
+    ``kind`` and ``config`` are those of struct perf_event_attr, ``function`` the address of a name for a kprobe.
+    """
+    attributes = struct.pack("=IIQQQQQIIQQ", kind, 72, config, 1, 0, 0, 0, 1, 0, function, 0)
     number = {"x86_64": 298, "s390x": 331, "ppc64le": 319}.get(platform.machine(), 241)
     event = ctypes.CDLL(None, use_errno=True).syscall(number, attributes, -1, 0, -1, ctypes.c_ulong(8))
     if event < 0:
         error = _error()
+        if error.errno == errno.ENOENT and function:
+            raise _NotThere(f"this kernel has no function {hook.target}") from error
         raise host.perf_event_refused(str(hook), error) from error
-    link = _libbpf().bpf_program__attach_perf_event(program, event)
+    link = _libbpf().bpf_program__attach_perf_event(_program(loaded, hook.program), event)
     if not link:
         error = _error()
         os.close(event)
         raise TracerUnavailable(f"{hook} cannot be attached: {error.strerror}") from error
-    return int(link)
+    descriptor = _descriptor_of(link)
+    # Before Linux 5.15 the event is all there is.
+    return (descriptor,) if descriptor == event else (descriptor, event)
 
 
 def _attach_cgroup(loaded: int, hook: Hook, root: int) -> int:
@@ -679,4 +889,168 @@ def _attach_cgroup(loaded: int, hook: Hook, root: int) -> int:
     if not link:
         error = _error()
         raise TracerUnavailable(f"{hook.target} is not attached to the root cgroup ({error.strerror})") from error
-    return int(link)
+    return _descriptor_of(link)
+
+
+# --- what others left pinned --------------------------------------------------------------------------------------
+
+
+def digest(tier: str, *, ring_bytes: int, wakeup_bytes: int, wanted: Wanted) -> str:
+    """16 hex digits of everything that a tracer's programs and settings depend on: whose are the same goes on."""
+    path = carried("bpf/bindsnoop.bpf.o")
+    what = hashlib.sha256(path.read_bytes() if path.is_file() else b"")
+    # What was missing when it was attached stays missing.
+    lacking = host.missing_capabilities(*host.CAPABILITIES.values())
+    given = knobs(wakeup_bytes, wanted, spares=_has_spares(tier))
+    what.update(repr((__version__, _FORM, tier, ring_bytes, given, lacking)).encode())
+    return what.hexdigest()[:16]
+
+
+def take_over(place: pins.Place, *, max_records: int) -> tuple[list[LibbpfTracer], list[str]]:
+    """Every tracer that is pinned and can be read, in the order of opening; and a sentence about each that cannot.
+
+    Those are removed. TracerUnavailable when this process may not have them.
+    """
+    place.sweep()
+    found, lost = [], []
+    for folder in place.folders():
+        try:
+            with contextlib.ExitStack() as held:
+                found.append(_from_pins(folder, max_records, held))
+        except FileNotFoundError:
+            lost.append(f"what epoch {folder.epoch} left pinned is not whole, and was removed")
+            folder.remove()
+        except _OtherForm as waiting:
+            lost.append(
+                f"epoch {folder.epoch} left {waiting} bytes of records that this version cannot read; they are lost"
+            )
+            folder.remove()
+    return sorted(found, key=lambda tracer: tracer.control["opened_ns"]), lost
+
+
+class _OtherForm(Exception):
+    """The number of bytes in a ring of another layout."""
+
+
+def _from_pins(folder: pins.Folder, max_records: int, held: contextlib.ExitStack) -> LibbpfTracer:
+    """FileNotFoundError when a pin is missing, _OtherForm when ours is another, TracerUnavailable for all else."""
+
+    def taken(name: str) -> int:
+        found: int = _libbpf().bpf_obj_get(os.fsencode(folder.path / name))
+        if found == -errno.ENOENT:
+            raise FileNotFoundError(name)
+        if found < 0:
+            what = f"{folder.path / name} cannot be opened ({os.strerror(-found)})"
+            raise TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities("tracepoint")))
+        return found
+
+    def descriptor(name: str) -> int:
+        found = taken(name)
+        held.callback(os.close, found)
+        return found
+
+    in_ring = descriptor("ring")
+    (ring_bytes,) = struct.unpack_from("=I", _info(in_ring, 128), 16)
+    ring = _ring(in_ring, ring_bytes, ring_bytes // 4, max_records, held)
+    if folder.text("form") != _FORM:
+        raise _OtherForm(ring.waiting_bytes())
+    maps = {name: in_ring if name == "ring" else descriptor(name) for name in _MAPS}
+    alone = {program: descriptor(f"alone_{program}") for program in folder.names("alone_")}
+    control = Control(maps["control"])
+    attached = Attached()
+    attached.hooks = folder.text("hooks").split(", ")
+    attached.in_tracefs = any(program.startswith("kretprobe_") for program in folder.names("link_"))
+    held.callback(attached.close)
+    if not control["closed_ns"]:
+        for program in folder.text("links").split(","):
+            attached.links[program] = taken(f"link_{program}")
+    return LibbpfTracer(
+        folder.text("tier"),
+        attached,
+        [folder.text(f"note_{number}") for number in range(len(folder.names("note_")))],
+        folder.text("gaps").split(","),
+        ring,
+        maps,
+        alone,
+        held.pop_all(),
+        folder,
+    )
+
+
+def hand_over(olds: Sequence[LibbpfTracer], new: Tracer | None) -> None:
+    """Ends tracers that were found pinned, in the order of opening, and divides what two of them in a row recorded.
+
+    ``new`` comes after them; None when it cannot be attached beside them. What both of two recorded while both were
+    attached is a matter of its time. The moment is chosen where neither recorded anything for the longest while, so
+    that no bind lies on both sides of it. Where a process was killed in the middle of this, the next does it again.
+    """
+    for at, old in enumerate(olds):
+        follower = olds[at + 1] if at + 1 < len(olds) else new
+        if not old.control["closed_ns"]:
+            old.look()
+            if follower is not None:
+                time.sleep(_OVERLAP_SECS)
+            old.shut()
+            # What began before the new one was attached, and has not ended, neither of them sees.
+            old.look()
+        if isinstance(follower, LibbpfTracer) and not old.control["until_ns"]:
+            _divide(old, follower)
+    if new is not None:
+        new.before = tuple(olds)
+
+
+def _divide(old: LibbpfTracer, new: LibbpfTracer) -> None:
+    first, last = new.control["opened_ns"], old.control["closed_ns"]
+    cut = (1 << 64) - 1
+    if first < last:
+        old.leave_the_rest()
+        old_times, new_times = old.ring.times(), new.ring.times()
+        cut, quiet_ns = _quiet_moment(old_times, new_times, first, last)
+        if quiet_ns < _QUIET_NS:
+            new.notes = (
+                *new.notes,
+                f"binds came so fast when epoch {old.epoch} was taken over that one may be told twice or not at all",
+            )
+        new.control["earlier"] = int((new_times < cut).sum())
+        old.control["later"] = int((old_times >= cut).sum())
+        new.control["since_ns"] = new.ring.since_ns = cut
+    # This is what says that it is done.
+    old.control["until_ns"] = old.ring.until_ns = cut
+
+
+def _quiet_moment(
+    old_times: npt.NDArray[np.uint64], new_times: npt.NDArray[np.uint64], first: int, last: int
+) -> tuple[int, int]:
+    """The middle of the longest silence of two tracers from ``first`` to ``last``, and how long that is, in ns.
+
+    A task may lose its CPU between the programs of one and of the other, and that makes a silence too. There one has
+    recorded a bind more than usual, and it does not count.
+    """
+    import numpy as np
+
+    times = np.concatenate([[first], old_times, new_times, [last]]).astype(np.int64)
+    ahead = np.concatenate([[0], np.full(len(old_times), -1), np.full(len(new_times), 1), [0]])
+    within = np.flatnonzero((times >= first) & (times <= last))
+    order = within[np.argsort(times[within], kind="stable")]
+    lengths = np.diff(times[order])
+    ahead = np.cumsum(ahead[order])[:-1]
+    heard = lengths >= min(_QUIET_NS, int(lengths.max()))
+    values, counts = np.unique(ahead[heard], return_counts=True)
+    at = int(np.where(ahead == values[counts.argmax()], lengths, 0).argmax())
+    return int(times[order[at]]) + int(lengths[at]) // 2, int(lengths[at])
+
+
+def _pin(descriptor: int, path: Path) -> None:
+    result = _libbpf().bpf_obj_pin(descriptor, os.fsencode(path))
+    if result:
+        number = -result if result < -1 else ctypes.get_errno()
+        what = "a link" if path.name.startswith("link_") else "a map or program"
+        raise pins.NoPins(f"the kernel does not pin {what} as {path} ({os.strerror(number)})")
+
+
+def _wait_for_programs() -> None:
+    """Until every program that is running now has come to its end: the kernel waits for its readers, as they are."""
+    number = {"x86_64": 324, "s390x": 356, "ppc64le": 365}.get(platform.machine(), 283)
+    if ctypes.CDLL(None).syscall(number, 1, 0, 0):
+        # Some kernels do not wait for this; a program takes microseconds.
+        time.sleep(0.02)

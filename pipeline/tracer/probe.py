@@ -15,27 +15,29 @@ import resource
 import textwrap
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pipeline.errors import TracerUnavailable
 from pipeline.event import one_line
-from pipeline.tracer import TIERS, coverage, host, open_tracer
+from pipeline.tracer import PINS, TIERS, coverage, host, open_tracer
+
+if TYPE_CHECKING:
+    from pipeline.tracer import Tracer
 
 _RING_BYTES: Final = 1 << 16
 _COMPILER_BYTES: Final = 256 << 20
 _LOCKED_BYTES: Final = 32 << 20  # enough for the default ring and all maps
 _CAP_BPF: Final = 39  # since Linux 5.8
 
-_ENDS: Final = "blind until the next agent has started: the programs end with the agent"
-
-RESTART: Final = {"fexit": _ENDS, "kprobe": _ENDS, "tracepoint": _ENDS, "bcc": f"{_ENDS}, and are compiled anew"}
-"""What a tier does while the agent restarts; "blind" begins those that see nothing."""
+_GOES_ON: Final = "goes on: what is bound until the next agent has started waits in the ring"
+_BLIND: Final = "blind until the next agent has started"
 
 
 class Finding(NamedTuple):
     """What became of opening one tier.
 
     ``refusal`` is the sentence it ended with, None when it was attached; ``load_ms`` is how long either took.
+    ``blind`` is why nothing is seen while the agent restarts, None when something is, and when it was refused.
     ``capabilities`` are the least that this tier needs here for all its hooks, and ``lacking`` those of them that this
     process does not have. ``gaps`` are names of ``coverage.GAPS``: of the tracer as it was attached, of the tier at its
     best when it was refused.
@@ -49,6 +51,14 @@ class Finding(NamedTuple):
     gaps: tuple[str, ...]
     capabilities: tuple[str, ...]
     lacking: tuple[str, ...]
+    blind: str | None = None
+
+    @property
+    def restart(self) -> str | None:
+        """What a restart of the agent means, as a sentence; None when it was refused."""
+        if not self.works:
+            return None
+        return _GOES_ON if self.blind is None else f"{_BLIND}: {self.blind}"
 
     @property
     def works(self) -> bool:
@@ -69,20 +79,20 @@ class Report(NamedTuple):
     findings: tuple[Finding, ...]
 
 
-def report(asked: str = "auto") -> Report:
-    """Opens every tier, one after the other, and closes it again."""
+def report(asked: str = "auto", place: Path | None = PINS) -> Report:
+    """Opens every tier, one after the other, pins it below ``place``, unless that is None, and takes it away again."""
     # What is loaded once for all tiers is not the first one's time.
     from pipeline.tracer import libbpf  # noqa: F401
 
     # Asked before anything is loaded, for libbpf raises the limit where it may.
     locks_memory = _locks_memory()
-    findings = tuple(_find(tier, _capabilities(tier, locks_memory=locks_memory)) for tier in TIERS)
+    findings = tuple(_find(tier, _capabilities(tier, locks_memory=locks_memory), place) for tier in TIERS)
     chosen = next((found.tier for found in findings if found.works and asked in ("auto", found.tier)), None)
     system = os.uname()
     return Report(system.release, system.machine, asked, chosen, findings)
 
 
-def _find(tier: str, needed: tuple[str, ...]) -> Finding:
+def _find(tier: str, needed: tuple[str, ...], place: Path | None) -> Finding:
     at_best = coverage.of_tracepoints(post_bind=True) if tier == "tracepoint" else coverage.of_functions(())
     found = Finding(tier, None, 0.0, (), (), at_best, needed, tuple(host.missing_capabilities(*needed)))
     refusal = _no_room_to_compile() if tier == "bcc" else None
@@ -96,10 +106,28 @@ def _find(tier: str, needed: tuple[str, ...]) -> Finding:
     with contextlib.closing(tracer):
         return found._replace(
             load_ms=_ms_since(begun),
+            blind=_why_blind(tracer, place),
             hooks=tuple(tracer.hooks),
             notes=tuple(one_line(note) for note in tracer.notes),
             gaps=tuple(tracer.gaps),
         )
+
+
+def _why_blind(tracer: Tracer, place: Path | None) -> str | None:
+    """Why nothing of it could be kept beyond the end of its process, None when all was kept for a moment."""
+    from pipeline.tracer import bcc, libbpf, pins
+
+    if place is None:
+        return "nothing is to be pinned (--pins none)"
+    if not isinstance(tracer, libbpf.LibbpfTracer):
+        return bcc.NO_PINS
+    try:
+        # Beside an agent that lives on it.
+        with pins.opened(place, alone=False) as there:
+            tracer.try_to_pin(there)
+    except pins.NoPins as refused:
+        return one_line(str(refused))
+    return None
 
 
 def _ms_since(begun: float) -> float:
@@ -173,7 +201,7 @@ def as_text(report: Report) -> str:
         names = ", ".join(f"CAP_{name}" for name in found.capabilities)
         lacking = ", ".join(f"CAP_{name}" for name in found.lacking)
         lines += _row("needs", [names + (f"; this process lacks {lacking}" if lacking else "")])
-        lines += _row("restart", [RESTART[found.tier]])
+        lines += _row("restart", [found.restart] if found.restart else [])
         if found.tier == report.chosen:
             lines += _row("misses", [f"{name}: {coverage.GAPS[name]}" for name in found.gaps])
         else:
@@ -206,8 +234,8 @@ def as_json(report: Report) -> str:
             "notes": found.notes,
             "capabilities": found.capabilities,
             "lacking": found.lacking,
-            "blind_on_restart": RESTART[found.tier].startswith("blind"),
-            "restart": RESTART[found.tier],
+            "blind_on_restart": found.blind is not None if found.works else None,
+            "restart": found.restart,
             "gaps": {name: coverage.GAPS[name] for name in found.gaps},
         }
         for found in report.findings

@@ -19,6 +19,8 @@ from pipeline.tracer import Burst
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import numpy.typing as npt
+
 _BUSY: Final = 1 << 31
 _DISCARDED: Final = 1 << 30
 _HEADER_BYTES: Final = 8
@@ -28,7 +30,11 @@ class Ring:
     """Reader of a BPF ring buffer whose records all have one size, given by the first of them.
 
     The kernel's layout: a page with the consumer's position, a page with the producer's, then the data twice in a
-    row, so that every stretch is contiguous. Reading moves a position of our own; ``release`` moves the consumer's.
+    row, so that every stretch is contiguous. Reading moves a position of our own, which begins at the consumer's;
+    ``release`` moves that.
+
+    ``since_ns`` and ``until_ns`` bound the records that are given: of others, which another tracer has too, only the
+    room is given back. 0 is no bound. A record begins with its time.
     """
 
     def __init__(
@@ -50,7 +56,9 @@ class Ring:
         self._consumer = np.frombuffer(mmap.mmap(descriptor, page), np.uint64, 1)
         self._memory = mmap.mmap(descriptor, page + 2 * ring_bytes, prot=mmap.PROT_READ, offset=page)
         self._producer = np.frombuffer(self._memory, np.uint64, 1)
-        self._at = int(self._consumer[0])
+        self.since_ns = 0
+        self.until_ns = 0
+        self._at = self._given = int(self._consumer[0])
         self._record_bytes = 0
         self._stride = 0
         self._fence = threading.Lock()
@@ -71,7 +79,38 @@ class Ring:
             if left <= 0:
                 break
             self._wait(left)
-        return self._take()
+        while (burst := self._take()) is not None:
+            if self.since_ns or self.until_ns:
+                burst = self._bounded(burst)
+            if len(burst.records):
+                self._given = burst.end
+                return burst
+            if int(self._consumer[0]) >= self._given:
+                self.release(burst)
+        return None
+
+    def _bounded(self, burst: Burst) -> Burst:
+        times = _times(burst)
+        ours = times >= self.since_ns
+        if self.until_ns:
+            ours &= times < self.until_ns
+        return burst if ours.all() else Burst(burst.records[ours], burst.end)
+
+    def times(self) -> npt.NDArray[np.uint64]:
+        """Times of all records that wait, whoever's they are, in the order of the ring; nothing is read by this."""
+        at, found = self._at, [np.empty(0, np.uint64)]
+        while (burst := self._take()) is not None:
+            found.append(_times(burst))
+        self._at = at
+        return np.concatenate(found)
+
+    def empty(self) -> bool:
+        """Whether all that was there was read, and what was given out was released."""
+        return int(self._producer[0]) == self._at and int(self._consumer[0]) >= self._given
+
+    def waiting_bytes(self) -> int:
+        """Bytes between what was released and the newest."""
+        return int(self._producer[0]) - int(self._consumer[0])
 
     def _take(self) -> Burst | None:
         while True:
@@ -125,8 +164,12 @@ class Ring:
 
     def half_full(self) -> bool:
         """The contract is ``Tracer.half_full``'s."""
-        return int(self._producer[0]) - int(self._consumer[0]) > self._mask // 2
+        return self.waiting_bytes() > self._mask // 2
 
     def release(self, burst: Burst) -> None:
         """The contract is ``Tracer.release``'s."""
         self._consumer[0] = max(burst.end, int(self._consumer[0]))
+
+
+def _times(burst: Burst) -> npt.NDArray[np.uint64]:
+    return np.ascontiguousarray(burst.records[:, :8]).view(np.uint64)[:, 0]
