@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import config, event
 from pipeline.errors import UsageError
-from pipeline.tracer import TIERS
+from pipeline.tracer import PINS, TIERS
 
 NOWHERE = Path("/nonexistent/bindsnoop.toml")
 NOW_US = 1767323045000000
@@ -395,6 +395,20 @@ def test_a_probe_is_asked_for_on_the_command_line_only(tmp_path: Path) -> None:
     for content in ("probe = true\n", '[agent]\noutput = "json"\n'):
         file.write_text(content)
         assert " is not known" in refusal("agent", ["--files=d", "--config", str(file)])
+
+
+def test_unpinning_needs_a_folder_and_nothing_else() -> None:
+    """--unpin needs no destination, cannot be left in a variable, and goes with neither --probe nor --pins none."""
+    asked = config.parse("agent", ["--unpin", "--pins", "/b/s"], {}, system_file=NOWHERE)
+
+    assert (asked.unpin, asked.pins, asked.topic, asked.files) == (True, Path("/b/s"), None, None)
+    assert (agent().unpin, agent().pins) == (False, PINS)
+    assert agent("--pins=none").pins is None
+    assert refusal("agent", ["--unpin", "--pins=none"]) == "--unpin needs a folder, and --pins says none."
+    assert refusal("agent", ["--unpin", "--probe"]) == "--unpin and --probe exclude each other; choose one."
+    assert refusal("agent", ["--unpin", "-ojson"]) == "-o is set without --probe, which it needs."
+    assert refusal("agent", ["--files=d", "--pins="]) == "--pins: '' is not allowed, only none, or a path."
+    assert "BINDSNOOP_UNPIN is not known" in refusal("agent", ["--files=d"], {"BINDSNOOP_UNPIN": "true"})
 
 
 # --- variables and files ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,7 +30,8 @@ import pytest
 from pipeline import records
 from pipeline.errors import TracerUnavailable, UsageError
 from pipeline.tracer import Burst, Tracer, Wanted, host, libbpf, open_tracer, pins
-from tests.commands import until
+from pipeline.tracer.ring import Ring
+from tests.commands import Done, run, until
 from tests.kernel.binds import bind, tcp
 from tests.kernel.plugin import build
 
@@ -70,10 +72,6 @@ class Binder:
         """So many attempts from now on, or until ``wait`` says that it is enough."""
         self._going.value = 1
         self._orders.send(range(self.next, self.next + count))
-
-    def done(self) -> bool:
-        """Whether what was begun has ended."""
-        return bool(self._orders.poll())
 
     def wait(self, *, enough: bool = False) -> None:
         """Until what was begun has ended."""
@@ -203,26 +201,37 @@ def killed(process: BaseProcess) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-@pytest.fixture
-def lives(place: Path, tier: str, binder: Binder, tmp_path: Path) -> Lives:
-    """Agents of one tier, where it can be pinned."""
-    made = Lives(place, tier, binder, tmp_path / "kept")
-    with contextlib.closing(made.open()) as tracer:
-        if not tracer.pinned:
-            assert tier == "bcc" or kernel() < (5, 15), tracer.notes
-            pytest.skip("links of perf events cannot be pinned before Linux 5.15, those of bcc never")
-        tracer.detach()
-    return made
-
-
 def kernel() -> tuple[int, ...]:
     """Version of the kernel."""
     return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
 
 
+def can_be_pinned(tier: str) -> bool:
+    """What docs/tracing.md says of this kernel."""
+    return tier == "fexit" or (tier != "bcc" and kernel() >= (5, 15))
+
+
+@pytest.fixture
+def lives(place: Path, tier: str, binder: Binder, tmp_path: Path) -> Lives:
+    """Agents of one tier, where it can be pinned."""
+    if not can_be_pinned(tier):
+        pytest.skip("links to perf events cannot be pinned before Linux 5.15, and nothing of bcc ever")
+    return Lives(place, tier, binder, tmp_path / "kept")
+
+
 def pinned(place: Path) -> list[str]:
     """What there is below a place, by epoch."""
     return sorted(path.name for path in place.iterdir())
+
+
+def test_whether_a_tier_can_be_pinned(tier: str, place: Path) -> None:
+    """It is where docs/tracing.md says so, and else a note says why; what could not be pinned leaves nothing there."""
+    with contextlib.closing(open_tracer(tier, ring_bytes=1 << 16, pins=place, epoch=EPOCHS[0])) as tracer:
+        notes = [note for note in tracer.notes if note.startswith("binds are not seen while the agent restarts: ")]
+        assert (tracer.pinned, notes == []) == (can_be_pinned(tier), can_be_pinned(tier))
+        assert len(pinned(place)) == tracer.pinned
+        tracer.detach()
+    assert pinned(place) == []
 
 
 # --- one tracer, many agents --------------------------------------------------------------------------------------
@@ -264,17 +273,17 @@ def test_a_tracer_that_goes_on_is_what_it_was(lives: Lives) -> None:
 def test_agents_killed_at_random_moments(lives: Lives, binder: Binder) -> None:
     """Whenever an agent is killed: every bind since the first was attached is read or waits, once; counters agree."""
     chance = random.Random(6)
-    first = lives.one()
+    first = lives.one(ring_bytes=1 << 26)
     lives.until_it_reads(binder)
-    binder.begin(30_000)
+    binder.begin()
     killed(first)
-    while not binder.done():
-        agent = lives.one()
+    for _ in range(12):
+        agent = lives.one(ring_bytes=1 << 26)
         time.sleep(chance.uniform(0, 0.08))
         killed(agent)
-    binder.wait()
+    binder.wait(enough=True)
 
-    with contextlib.closing(lives.open()) as tracer:
+    with contextlib.closing(lives.open(ring_bytes=1 << 26)) as tracer:
         tracer.detach()
         numbers = [*lives.read().values(), *rest(tracer)]
         assert numbers == list(range(1, binder.next))
@@ -378,11 +387,11 @@ OTHER_RING = 1 << 25
 
 def test_another_version_takes_over(lives: Lives, binder: Binder) -> None:
     """While a process binds as fast as it can, each of its binds is told by one of the two, in its own epoch."""
-    for turn in range(5):
-        old = lives.open(ring_bytes=1 << 27)
+    for _ in range(5):
+        old = lives.open(ring_bytes=1 << 26)
         binder.begin()
         old.close()
-        with contextlib.closing(lives.open(ring_bytes=1 << 26 + turn % 2 * 2)) as new:
+        with contextlib.closing(lives.open(ring_bytes=OTHER_RING)) as new:
             binder.wait(enough=True)
             (before,) = new.before
             told, following = rest(before), rest(new)
@@ -489,6 +498,155 @@ def test_the_form_names_what_is_shared() -> None:
     header = (ROOT / "bpf" / "bind_event.h").read_text(encoding="ascii")
     for name, size in re.findall(r"(bind_\w+) (\d+)", libbpf._FORM):
         assert size == str(records.RECORD.itemsize) or f"sizeof(struct {name}) == {size}" in header
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_moment_divides_no_bind(seed: int) -> None:
+    """Of binds that two tracers see, in either order and with pauses in between, none has one time on each side."""
+    chance = random.Random(seed)
+    first, last, pairs = 1_000_000, 21_000_000, []
+    for _ in range(chance.randint(1, 4)):
+        now = chance.randrange(30_000)
+        while now < 22_000_000:
+            began = now + chance.choice((2_000, 3_000, 5_000, 60_000))
+            now = began + (3_000_000 if chance.random() < 0.0003 else chance.choice((800, 1_000)))
+            pairs.append((began, now))
+    behind = chance.random() < 0.5
+    old = np.array([pair[behind] for pair in pairs if pair[behind] < last], np.uint64)
+    new = np.array([pair[not behind] for pair in pairs if pair[not behind] >= first - 5_000], np.uint64)
+
+    cut, quiet_ns = libbpf._quiet_moment(old, new, first, last)
+
+    assert first <= cut <= last
+    assert quiet_ns >= 20_000
+    assert [pair for pair in pairs if pair[0] < cut <= pair[1]] == []
+
+
+def ring_of(times: list[int], released: int = 0) -> Ring:
+    """A reader of a ring of one page with records that are nothing but a time, of which the first are released."""
+    page = mmap.PAGESIZE
+    memory = os.memfd_create("ring")
+    os.truncate(memory, 4 * page)
+    os.pwrite(memory, struct.pack("=Q", 16 * released), 0)
+    os.pwrite(memory, struct.pack("=Q", 16 * len(times)), page)
+    os.pwrite(memory, b"".join(struct.pack("=IIQ", 8, 0, each) for each in times), 2 * page)
+    ring = Ring(memory, page, wakeup_bytes=1, max_records=3, wait=lambda _: None)
+    os.close(memory)
+    return ring
+
+
+def taken(ring: Ring) -> list[int]:
+    """Times of all that it gives; they are released."""
+    found: list[int] = []
+    while burst := ring.read(0):
+        found += burst.records.view(np.uint64)[:, 0].tolist()
+        assert not ring.empty()
+        ring.release(burst)
+    return found
+
+
+def test_a_ring_gives_what_lies_within_its_bounds() -> None:
+    """It begins behind what was released; of what is not its own it gives nothing, and gives back the room."""
+    times = [1, 5, 2, 9, 3, 7, 4, 8, 9, 9, 9, 9, 9, 1]
+    for released in range(len(times) + 1):
+        for first, end in ((0, 0), (3, 0), (0, 8), (3, 8), (20, 0), (0, 1)):
+            ring = ring_of(times, released)
+            ring.since_ns, ring.until_ns = first, end
+            assert ring.times().tolist() == times[released:]
+            expected = [each for each in times[released:] if each >= first and (each < end or not end)]
+            assert taken(ring) == expected
+            assert ring.empty()
+            assert ring.waiting_bytes() == 0
+
+
+def test_what_is_held_is_not_given_back() -> None:
+    """Room behind a burst that was not released stays, even of records that are passed over."""
+    ring = ring_of([1, 1, 1, 9, 9, 9])
+    ring.until_ns = 5
+    burst = ring.read(0)
+    assert burst is not None
+    assert ring.read(0) is None
+    assert (ring.waiting_bytes(), ring.empty()) == (16 * 6, False)
+    ring.release(burst)
+    assert ring.empty()
+
+
+def test_a_former_agents_bursts_are_skipped() -> None:
+    """From the end of a burst that is safe on, nothing before it is given again; a place that never was is refused."""
+    former = ring_of([1, 2, 3, 4, 5, 6, 7])
+    burst = former.read(0)
+    assert burst is not None
+
+    for released in (0, 2, 5):
+        ring = ring_of([1, 2, 3, 4, 5, 6, 7], released)
+        ring.skip(burst.end)
+        assert taken(ring) == [1, 2, 3, 4, 5, 6, 7][max(3, released) :]
+    with pytest.raises(TracerUnavailable, match="place 10000 is none of this ring, whose newest record ends at 112"):
+        ring_of([1, 2, 3, 4, 5, 6, 7]).skip(10_000)
+
+
+# --- uninstalling -------------------------------------------------------------------------------------------------
+
+
+def unpinned(place: Path, lock: Path) -> Done:
+    """``bindsnoop-agent --unpin``."""
+    return run("bindsnoop-agent", "--unpin", "--pins", place, "--lock", lock)
+
+
+def test_unpinning_leaves_nothing(lives: Lives, binder: Binder, tmp_path: Path) -> None:
+    """It says what it removes, and nothing is counted any more; a second time there is nothing."""
+    tracer = lives.open()
+    binder.bind(4)
+    tracer.close()
+    (folder,) = lives.place.iterdir()
+    counters = libbpf._map_counters(libbpf._libbpf().bpf_obj_get(os.fsencode(folder / "counters")))
+    (lives.place / f"half-{EPOCHS[-1]}").mkdir()
+
+    first, second = (unpinned(lives.place, tmp_path / "lock") for _ in range(2))
+
+    assert (first.code, first.err) == (0, "")
+    assert first.out.splitlines() == [
+        f"removed from {lives.place}: 1 left half made",
+        f"removed from {lives.place}: epoch {tracer.epoch}, tier {tracer.name}, "
+        f"with {4 * STRIDE} bytes of records that nobody has read",
+    ]
+    assert second == Done(0, f"nothing is pinned below {lives.place}\n", "")
+    assert not lives.place.exists()
+
+    def is_over() -> bool:
+        before = counters.sum()
+        binder.bind(1)
+        return bool(counters.sum() == before)
+
+    until(is_over)
+    with host.tracefs("to look") as root:
+        events = os.open("kprobe_events", os.O_RDONLY, dir_fd=root) if lives.tier == "kprobe" else -1
+    if events >= 0:
+        assert b"bindsnoop/" not in os.read(events, 1 << 16)
+        os.close(events)
+
+
+def test_unpinning_beside_an_agent_that_lives(lives: Lives, tmp_path: Path) -> None:
+    """It refuses, with one sentence, because of the pins and because of the lock."""
+    with contextlib.closing(lives.open()) as tracer:
+        because_of_pins = unpinned(lives.place, tmp_path / "lock")
+        assert len(pinned(lives.place)) == 1
+        tracer.detach()
+    with contextlib.closing(open_tracer(lives.tier, exclusive=True, lock_path=tmp_path / "lock")):
+        lives.place.mkdir(exist_ok=True)
+        because_of_lock = unpinned(lives.place, tmp_path / "lock")
+
+    for done, sentence in ((because_of_pins, "lives on the pins"), (because_of_lock, "traces this node already")):
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+        assert sentence in done.err
+
+
+def test_nothing_to_unpin(tmp_path: Path) -> None:
+    """Where no agent ever was there is nothing, and that is well."""
+    assert unpinned(tmp_path / "none", tmp_path / "lock").code == 0
+    done = unpinned(tmp_path, tmp_path / "lock")
+    assert (done.code, done.out) == (2, "")
+    assert f"{tmp_path} is in no bpffs" in done.err
 
 
 # --- where nothing can be pinned ----------------------------------------------------------------------------------

@@ -107,6 +107,13 @@ class Tracer(Protocol):
         Call it when the records are safe: a reader that dies before finds them again in a ring that outlives it.
         """
 
+    def skip(self, end: int) -> None:
+        """Gives back the room of bursts up to this ``Burst.end``, which a former agent got and could not release.
+
+        Call it before the first ``read``, with the end of the last burst that is known to be safe: places in a ring go
+        on when another process takes it over. TracerUnavailable when the ring never came so far.
+        """
+
     def half_full(self) -> bool:
         """Whether half of the room is taken, by what was not read and by what was not released; costs no wait."""
 
@@ -193,13 +200,13 @@ def unpin(path: Path, lock_path: Path = LOCK_PATH) -> list[str]:
 
     TracerUnavailable while an agent lives, or when the pins cannot be removed.
     """
-    from pipeline.tracer import pins
+    from pipeline.tracer import libbpf, pins
 
     if not path.is_dir():
         return []
     lock = _lock(lock_path)
     try:
-        return pins.remove_all(path)
+        return pins.remove_all(path, libbpf.unread)
     finally:
         os.close(lock)
 
@@ -248,7 +255,7 @@ def _open_pinned(
         for name in tiers
         if name != "bcc"
     }
-    found, lost = libbpf.take_over(place, max_records=settings.max_records)
+    found, lost = libbpf.take_over(place, wakeup_bytes=settings.wakeup_bytes, max_records=settings.max_records)
     with contextlib.ExitStack() as failed:
         for each in found:
             failed.callback(each.close)

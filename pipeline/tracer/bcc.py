@@ -280,6 +280,9 @@ class BccTracer:
         """The contract is ``Tracer.release``'s, but for a reader that dies: see the class."""
         self._buffers.release(burst)
 
+    def skip(self, end: int) -> None:
+        """The contract is ``Tracer.skip``'s; there was no former agent."""
+
     def counters(self) -> dict[str, int]:
         """The contract is ``Tracer.counters``'s.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pipeline.errors import TracerUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _GROUP: Final = "bindsnoop"
 _numbers = itertools.count()
@@ -173,41 +173,47 @@ def _text(root: int, name: str) -> str:
 class ReturnProbe:
     """A return probe that is defined in tracefs, where alone it can be said how many calls it follows at once.
 
-    By itself it follows one a CPU, or two and at least ten, and the ends of all further calls are missed. ``id`` is
-    what perf_event_open takes. The definition does nothing by itself, and what is attached to it keeps it there;
-    ``remove_return_probes`` takes it away.
+    By itself it follows one a CPU, or two and at least ten, and the ends of all further calls are missed. ``name`` is
+    what ``remove_return_probes`` takes, and ``id`` what perf_event_open does. The definition does nothing by itself,
+    and what is attached to it keeps it there.
     """
 
     def __init__(self, function: str, calls: int) -> None:
         """TracerUnavailable when tracefs cannot be written."""
-        self._name = f"{_GROUP}/{function}_{os.getpid()}_{next(_numbers)}"
+        self.name = f"{_GROUP}/{function}_{os.getpid()}_{next(_numbers)}"
         with tracefs(f"to follow {calls} calls of {function} at once") as root:
             try:
-                _define(root, f"r{calls}:{self._name} {function}")
-                self.id = int(_text(root, f"events/{self._name}/id"))
+                _define(root, f"r{calls}:{self.name} {function}")
+                self.id = int(_text(root, f"events/{self.name}/id"))
             except OSError as error:
                 raise TracerUnavailable(f"tracefs cannot be written ({error.strerror})") from error
 
 
-def remove_return_probes(wait_secs: float = 0.0) -> None:
-    """Takes away our definitions, also those that others left behind; what is in use stays.
+def remove_return_probes(names: Sequence[str], wait_secs: float = 0.0) -> None:
+    """Takes away these definitions, and those that others left behind; what is in use stays.
 
-    The kernel lets go of what was pinned a moment after it is removed: ``wait_secs`` is how long to wait for that.
+    The kernel lets go of what was pinned a moment after that is removed: so long are these waited for.
     """
     deadline = time.monotonic() + wait_secs
     with contextlib.suppress(OSError, TracerUnavailable), tracefs("to remove a probe") as root:
-        while names := [name for line in _text(root, "kprobe_events").splitlines() if (name := _ours(line))]:
+        defined = _defined(root)
+        for name in defined:
+            _undefine(root, name)
+        while wait_secs and set(names) & set(_defined(root)) and time.monotonic() < deadline:
+            time.sleep(0.005)
             for name in names:
-                with contextlib.suppress(OSError):
-                    _define(root, f"-:{name}")
-            if time.monotonic() >= deadline:
-                return
-            time.sleep(0.01)
+                _undefine(root, name)
 
 
-def _ours(line: str) -> str | None:
-    name = line.partition(":")[2].partition(" ")[0]
-    return name if name.startswith(f"{_GROUP}/") else None
+def _defined(root: int) -> list[str]:
+    """Names of our definitions, of whatever process."""
+    names = [line.partition(":")[2].partition(" ")[0] for line in _text(root, "kprobe_events").splitlines()]
+    return [name for name in names if name.startswith(f"{_GROUP}/")]
+
+
+def _undefine(root: int, name: str) -> None:
+    with contextlib.suppress(OSError):
+        _define(root, f"-:{name}")
 
 
 def _define(root: int, line: str) -> None:

@@ -287,6 +287,10 @@ class LibbpfTracer:
         """The contract is ``Tracer.release``'s."""
         self.ring.release(burst)
 
+    def skip(self, end: int) -> None:
+        """The contract is ``Tracer.skip``'s."""
+        self.ring.skip(end)
+
     def half_full(self) -> bool:
         """The contract is ``Tracer.half_full``'s."""
         return self.ring.half_full()
@@ -334,8 +338,10 @@ class LibbpfTracer:
         if self._folder:
             for name in self._folder.names("link_"):
                 (self._folder.path / f"link_{name}").unlink()
+        running = bool(self._attached.links)
         self._attached.close(wait_secs=0.5 if self._folder else 0.0)
-        _wait_for_programs()
+        if running:
+            _wait_for_programs()
 
     def close(self) -> None:
         """The contract is ``Tracer.close``'s."""
@@ -372,7 +378,7 @@ class LibbpfTracer:
     def _pinned_in(self, place: pins.Place, epoch: str, digest: str, *, keep: bool = True) -> Iterator[None]:
         texts = {
             "form": _FORM, "tier": self.name, "hooks": ", ".join(self.hooks), "gaps": ",".join(self.gaps),
-            "links": ",".join(sorted(self._attached.links)),
+            "links": ",".join(self._attached.links), "probes": " ".join(self._attached.probes),
             **{f"note_{number}": note for number, note in enumerate(self.notes)},
         }  # fmt: skip
         with place.making(epoch, digest, keep=keep) as path:
@@ -382,11 +388,8 @@ class LibbpfTracer:
                 _pin(descriptor, path / f"alone_{program}")
             for program, descriptor in self._attached.links.items():
                 _pin(descriptor, path / f"link_{program}")
-            try:
-                for name, text in texts.items():
-                    pins.write(path / name, text)
-            except OSError as error:
-                raise pins.NoPins(f"{path / name} cannot be made ({error.strerror})") from error
+            for name, text in texts.items():
+                pins.write(path / name, text)
             yield
 
     # --- from one tracer to the next ---
@@ -418,12 +421,15 @@ class Control:
 
 
 class Attached:
-    """Programs that are attached: ``hooks`` as text, in order, and ``links``, descriptors by name of the program."""
+    """Programs that are attached: ``hooks`` as text, in order, and ``links``, descriptors by name of the program.
+
+    ``probes`` are names of ``host.ReturnProbe``s.
+    """
 
     def __init__(self) -> None:
         self.hooks: list[str] = []
         self.links: dict[str, int] = {}
-        self.in_tracefs = False
+        self.probes: list[str] = []
         self._events: list[int] = []
         self._missed = 0
 
@@ -443,10 +449,9 @@ class Attached:
 
     def close(self, wait_secs: float = 0.0) -> None:
         """Lets go of the links, last first: what is pinned nowhere ends. A second call does nothing."""
-        some = bool(self.links)
         self._close(0, 0)
-        if some and self.in_tracefs:
-            host.remove_return_probes(wait_secs)
+        if self.probes:
+            host.remove_return_probes(self.probes, wait_secs)
 
     def _close(self, links: int, events: int) -> None:
         for program in list(self.links)[: links - 1 if links else None : -1]:
@@ -853,7 +858,7 @@ def _attach_return(loaded: int, hook: Hook, attached: Attached, notes: list[str]
         if hook.target in _REQUIRED:
             notes.append(f"of calls that wait at the same time only the first ones' ends are followed: {refusal}")
         return False
-    attached.in_tracefs = True
+    attached.probes.append(probe.name)
     attached.add(hook, *_attach_event(loaded, hook, _TRACEPOINT_EVENTS, probe.id))
     return True
 
@@ -906,7 +911,7 @@ def digest(tier: str, *, ring_bytes: int, wakeup_bytes: int, wanted: Wanted) -> 
     return what.hexdigest()[:16]
 
 
-def take_over(place: pins.Place, *, max_records: int) -> tuple[list[LibbpfTracer], list[str]]:
+def take_over(place: pins.Place, *, wakeup_bytes: int, max_records: int) -> tuple[list[LibbpfTracer], list[str]]:
     """Every tracer that is pinned and can be read, in the order of opening; and a sentence about each that cannot.
 
     Those are removed. TracerUnavailable when this process may not have them.
@@ -916,7 +921,7 @@ def take_over(place: pins.Place, *, max_records: int) -> tuple[list[LibbpfTracer
     for folder in place.folders():
         try:
             with contextlib.ExitStack() as held:
-                found.append(_from_pins(folder, max_records, held))
+                found.append(_from_pins(folder, wakeup_bytes, max_records, held))
         except FileNotFoundError:
             lost.append(f"what epoch {folder.epoch} left pinned is not whole, and was removed")
             folder.remove()
@@ -932,17 +937,18 @@ class _OtherForm(Exception):
     """The number of bytes in a ring of another layout."""
 
 
-def _from_pins(folder: pins.Folder, max_records: int, held: contextlib.ExitStack) -> LibbpfTracer:
+def _from_pins(folder: pins.Folder, wakeup_bytes: int, max_records: int, held: contextlib.ExitStack) -> LibbpfTracer:
     """FileNotFoundError when a pin is missing, _OtherForm when ours is another, TracerUnavailable for all else."""
 
     def taken(name: str) -> int:
         found: int = _libbpf().bpf_obj_get(os.fsencode(folder.path / name))
-        if found == -errno.ENOENT:
+        if found >= 0:
+            return found
+        error = _error()
+        if error.errno == errno.ENOENT:
             raise FileNotFoundError(name)
-        if found < 0:
-            what = f"{folder.path / name} cannot be opened ({os.strerror(-found)})"
-            raise TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities("tracepoint")))
-        return found
+        what = f"{folder.path / name} cannot be opened ({error.strerror})"
+        raise TracerUnavailable(host.permission_sentence(what, *host.loading_capabilities("tracepoint"))) from error
 
     def descriptor(name: str) -> int:
         found = taken(name)
@@ -950,8 +956,8 @@ def _from_pins(folder: pins.Folder, max_records: int, held: contextlib.ExitStack
         return found
 
     in_ring = descriptor("ring")
-    (ring_bytes,) = struct.unpack_from("=I", _info(in_ring, 128), 16)
-    ring = _ring(in_ring, ring_bytes, ring_bytes // 4, max_records, held)
+    (ring_bytes,) = struct.unpack_from("=I", _info(in_ring, 128), 16)  # max_entries of struct bpf_map_info
+    ring = _ring(in_ring, ring_bytes, min(wakeup_bytes, ring_bytes // 4), max_records, held)
     if folder.text("form") != _FORM:
         raise _OtherForm(ring.waiting_bytes())
     maps = {name: in_ring if name == "ring" else descriptor(name) for name in _MAPS}
@@ -959,11 +965,11 @@ def _from_pins(folder: pins.Folder, max_records: int, held: contextlib.ExitStack
     control = Control(maps["control"])
     attached = Attached()
     attached.hooks = folder.text("hooks").split(", ")
-    attached.in_tracefs = any(program.startswith("kretprobe_") for program in folder.names("link_"))
     held.callback(attached.close)
     if not control["closed_ns"]:
         for program in folder.text("links").split(","):
             attached.links[program] = taken(f"link_{program}")
+    attached.probes = folder.text("probes").split()
     return LibbpfTracer(
         folder.text("tier"),
         attached,
@@ -975,6 +981,18 @@ def _from_pins(folder: pins.Folder, max_records: int, held: contextlib.ExitStack
         held.pop_all(),
         folder,
     )
+
+
+def unread(folder: pins.Folder) -> str:
+    """How many bytes of records wait in a ring that is pinned, in words; empty when none do, or when nobody can say."""
+    with contextlib.suppress(TracerUnavailable, OSError), contextlib.ExitStack() as held:
+        descriptor = _libbpf().bpf_obj_get(os.fsencode(folder.path / "ring"))
+        if descriptor < 0:
+            return ""
+        held.callback(os.close, descriptor)
+        waiting = _ring(descriptor, mmap.PAGESIZE, 1, 1, held).waiting_bytes()
+        return f", with {waiting} bytes of records that nobody has read" if waiting else ""
+    return ""
 
 
 def hand_over(olds: Sequence[LibbpfTracer], new: Tracer | None) -> None:
@@ -1041,11 +1059,10 @@ def _quiet_moment(
 
 
 def _pin(descriptor: int, path: Path) -> None:
-    result = _libbpf().bpf_obj_pin(descriptor, os.fsencode(path))
-    if result:
-        number = -result if result < -1 else ctypes.get_errno()
+    """NoPins."""
+    if _libbpf().bpf_obj_pin(descriptor, os.fsencode(path)):
         what = "a link" if path.name.startswith("link_") else "a map or program"
-        raise pins.NoPins(f"the kernel does not pin {what} as {path} ({os.strerror(number)})")
+        raise pins.NoPins(f"the kernel does not pin {what} as {path} ({_error().strerror})")
 
 
 def _wait_for_programs() -> None:

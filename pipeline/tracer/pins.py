@@ -23,7 +23,7 @@ from pipeline.errors import TracerUnavailable
 from pipeline.tracer import host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _MAGIC: Final = 0xCAFE4A11
 _HALF: Final = "half-"
@@ -100,13 +100,12 @@ class Place:
         half = self.path / f"{_HALF}{whole.name}-{os.getpid()}"
         try:
             half.mkdir(mode=0o700)
-        except OSError as error:
-            raise NoPins(f"{half} cannot be made ({error.strerror})") from error
-        try:
             with _locked(half):
                 yield half
                 if keep:
                     half.rename(whole)
+        except OSError as error:
+            raise NoPins(f"{half} cannot be made ({error.strerror})") from error
         finally:
             shutil.rmtree(half, ignore_errors=True)
 
@@ -123,8 +122,8 @@ def opened(path: Path, *, alone: bool = True) -> Iterator[Place]:
     except OSError as error:
         dots = "; names in a bpffs hold no dots" if error.errno == errno.EPERM and "." in path.name else ""
         raise NoPins(f"{path} cannot be made ({error.strerror}{dots})") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise NoPins(f"{path} cannot be written")
+    if path.stat().st_uid != os.geteuid():
+        raise NoPins(f"{path} belongs to another user")
     with contextlib.ExitStack() as held:
         if alone:
             try:
@@ -160,22 +159,25 @@ def _in_bpffs(path: Path) -> None:
         )
 
 
-def remove_all(path: Path) -> list[str]:
+def remove_all(path: Path, unread: Callable[[Folder], str]) -> list[str]:
     """Removes every tracer that is pinned below ``path``, and ``path``; gives a sentence about each.
 
-    TracerUnavailable while a process lives on them, or when they cannot be removed.
+    ``unread`` says what is lost with one. TracerUnavailable while a process lives on them, or when they cannot be
+    removed.
     """
+    probes: list[str] = []
     try:
         with opened(path) as place:
-            found = place.folders()
-            said = [f"epoch {folder.epoch}, tier {folder.text('tier') or 'unknown'}" for folder in found]
-            for folder in found:
+            half = place.sweep()
+            said = [f"{half} left half made"] if half else []
+            for folder in place.folders():
+                said.append(f"epoch {folder.epoch}, tier {folder.text('tier')}{unread(folder)}")
+                probes += folder.text("probes").split()
                 folder.remove()
-            if half := place.sweep():
-                said.append(f"{half} left half made")
             with contextlib.suppress(OSError):
                 path.rmdir()
     except OSError as error:
         raise TracerUnavailable(f"the pins below {path} cannot be removed ({error.strerror})") from error
-    host.remove_return_probes(wait_secs=2.0)
+    if probes:
+        host.remove_return_probes(probes, wait_secs=2.0)
     return said

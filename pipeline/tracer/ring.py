@@ -96,6 +96,15 @@ class Ring:
             ours &= times < self.until_ns
         return burst if ours.all() else Burst(burst.records[ours], burst.end)
 
+    def skip(self, end: int) -> None:
+        """The contract is ``Tracer.skip``'s."""
+        newest = int(self._producer[0])
+        if end > newest:
+            raise TracerUnavailable(f"place {end} is none of this ring, whose newest record ends at {newest}")
+        if end > self._at:
+            self._at = self._given = end
+            self._consumer[0] = end
+
     def times(self) -> npt.NDArray[np.uint64]:
         """Times of all records that wait, whoever's they are, in the order of the ring; nothing is read by this."""
         at, found = self._at, [np.empty(0, np.uint64)]

@@ -28,6 +28,16 @@ PRIVILEGES = tuple(
         "the_administrators_capability_stands_for_all",
     )
 )
+PINS = tuple(
+    f"tests/test_pins.py::test_{name}"
+    for name in (
+        "whether_a_tier_can_be_pinned",
+        "what_is_bound_while_no_agent_lives_waits",
+        "another_version_takes_over",
+        "detaching_ends_the_epoch",
+        "unpinning_leaves_nothing",
+    )
+)
 BCC_SUITE = (*SUITE, "tests/test_bcc.py")
 """Without the privileges: each look would compile, which takes a minute there."""
 
@@ -107,7 +117,7 @@ def reports(
     job = ["python3", "-m", "pytest", "--noconftest", "-p", "tests.kernel.plugin", "--color=no", "--tb=short"]
     job += ["-o", f"timeout={TIMEOUT_S / 2:g}"]
     job += [word for tier in tiers for word in ("--tier", tier)]
-    job += BCC_SUITE if bcc else (*SUITE, *PRIVILEGES) if privileges else SUITE
+    job += BCC_SUITE if bcc else (*SUITE, *PINS, *PRIVILEGES) if privileges else (*SUITE, *PINS)
     result = guests.run(
         job,
         kernel=series,
