@@ -252,7 +252,7 @@ def test_what_is_bound_while_no_agent_lives_waits(lives: Lives, binder: Binder) 
         assert [*read.values(), *waited] == list(range(1, binder.next))
         assert waited[-100:] == list(range(binder.next - 100, binder.next))
         assert (tracer.resumed, tracer.pinned, list(tracer.before)) == (True, True, [])
-        assert tracer.epoch == folder.partition("-")[0] == EPOCHS[1]
+        assert tracer.epoch == folder.partition("-")[0] == EPOCHS[0]
         assert pinned(lives.place) == [folder]
         assert balance(tracer) == binder.next - 1
         assert binder.bind(3) == rest(tracer)

@@ -138,6 +138,9 @@ _FORM: Final = "bind_event 416, bind_counters 64, bind_control 48; 1"
 _OVERLAP_SECS: Final = 0.02
 """How long two tracers are attached at the same time, at least, when one hands over to the other."""
 
+_LONGEST_NS: Final = 1_000_000_000
+"""How long after the second was attached the moment that divides their records lies, at most."""
+
 _QUIET_NS: Final = 20_000
 """The programs of two tracers see the same bind within a few µs: so long a silence divides the binds between them."""
 
@@ -1023,7 +1026,8 @@ def _divide(old: LibbpfTracer, new: LibbpfTracer) -> None:
     if first < last:
         old.leave_the_rest()
         old_times, new_times = old.ring.times(), new.ring.times()
-        cut, quiet_ns = _quiet_moment(old_times, new_times, first, last)
+        # Rings that nobody has read for long are full, and silent for that.
+        cut, quiet_ns = _quiet_moment(old_times, new_times, first, min(last, first + _LONGEST_NS))
         if quiet_ns < _QUIET_NS:
             new.notes = (
                 *new.notes,
