@@ -258,13 +258,13 @@ class LibbpfTracer:
         self._maps = maps
         self._alone = dict(alone)
         self._detached = False
-        self._counters = _map_counters(maps["counters"])
-        self._inflight = Inflight(maps["inflight"], self._count)
+        self._counters = Counters(maps["counters"])
+        self._inflight = Inflight(maps["inflight"], self._counters.add)
         self.control = Control(maps["control"])
         ring.since_ns, ring.until_ns = self.control["since_ns"], self.control["until_ns"]
         if not self.resumed:
             # An end whose call began before the beginning was hooked is no loss of this tracer's.
-            self._count("skipped", -int(self._counters[:, _COUNTERS.index("skipped")].sum()))
+            self._counters.add("skipped", -self._counters.totals()["skipped"])
             self.control["opened_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
     @property
@@ -305,23 +305,13 @@ class LibbpfTracer:
         passed by without being run: each time may have been a bind, so it is the most that can be lost that way.
         """
         self._inflight.sweep()
-        counts = self._totals()
+        counts = self._counters.totals()
         counts["lost_hook_skipped"] = max(counts.pop("skipped"), self._passed_by())
         counts["attempted"] += counts["lost_hook_skipped"]
         others = self.control["earlier"] + self.control["later"]
         counts["attempted"] -= others
         counts["submitted"] -= others
         return counts
-
-    def _totals(self) -> dict[str, int]:
-        return {name: int(total) for name, total in zip(_COUNTERS, self._counters.sum(axis=0), strict=False)}
-
-    def _count(self, name: str, number: int) -> None:
-        """Adds to our own row of the counters; the sum over the rows is never below 0."""
-        import numpy as np
-
-        at = _COUNTERS.index(name)
-        self._counters[-1, at : at + 1] += np.uint64(number & (1 << 64) - 1)
 
     def detach(self) -> None:
         """The contract is ``Tracer.detach``'s."""
@@ -336,7 +326,7 @@ class LibbpfTracer:
         if not self.control["closed_ns"]:
             self.control["closed_ns"] = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         # What the kernel counts is gone with the programs.
-        self._count("skipped", max(0, passed_by - self._totals()["skipped"]))
+        self._counters.add("skipped", max(0, passed_by - self._counters.totals()["skipped"]))
         self._alone.clear()
         if self._folder:
             for name in self._folder.names("link_"):
@@ -404,6 +394,29 @@ class LibbpfTracer:
     def leave_the_rest(self) -> None:
         """Calls that are under way still are another tracer's."""
         self._inflight.forget()
+
+
+class Counters:
+    """The counters where the kernel counts: a row a CPU, and one of our own."""
+
+    def __init__(self, descriptor: int) -> None:
+        import numpy as np
+
+        rows = _libbpf().libbpf_num_possible_cpus() + 1
+        words = rows * _COUNTERS_WORDS
+        length = -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._rows = np.frombuffer(mmap.mmap(descriptor, length), np.uint64, words).reshape(rows, _COUNTERS_WORDS)
+
+    def totals(self) -> dict[str, int]:
+        """Each counter, summed."""
+        return {name: int(total) for name, total in zip(_COUNTERS, self._rows.sum(axis=0), strict=False)}
+
+    def add(self, name: str, number: int) -> None:
+        """Adds to our own row, which may be below 0 as long as no sum is."""
+        import numpy as np
+
+        at = _COUNTERS.index(name)
+        self._rows[-1, at : at + 1] += np.uint64(number & (1 << 64) - 1)
 
 
 class Control:
@@ -805,16 +818,6 @@ def _map(loaded: int, name: str) -> int:
     library = _libbpf()
     descriptor: int = library.bpf_map__fd(library.bpf_object__find_map_by_name(loaded, name.encode()))
     return descriptor
-
-
-def _map_counters(descriptor: int) -> npt.NDArray[np.uint64]:
-    """The counters where the kernel counts: one row a CPU, and one of our own."""
-    import numpy as np
-
-    rows = _libbpf().libbpf_num_possible_cpus() + 1
-    words = rows * _COUNTERS_WORDS
-    length = -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
-    return np.frombuffer(mmap.mmap(descriptor, length), np.uint64, words).reshape(rows, _COUNTERS_WORDS)
 
 
 def _attach(loaded: int, hook: Hook) -> tuple[int, ...]:
