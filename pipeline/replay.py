@@ -1,9 +1,9 @@
 """bindsnoop-replay: from a topic or files to columns, JSON or a count; read-only, bounded at start.
 
-In: a topic (``--topic``), files (``--files``), or both, the topic first. Out: text on standard output; everything else
-on standard error. ``found`` is the whole reading path, ``show`` the whole printing path; ``evidence`` and ``verify``
-are those of ``--verify``. What could not be read is
-said, with its place and the reason, and ends the command with 3; it never stops what can still be read.
+In: a topic (``--topic``), files (``--files``), or both, the topic first. Out: text on standard output, each event once;
+everything else on standard error. ``found`` is the whole reading path, ``show`` the whole printing path; ``evidence``
+and ``verify`` are those of ``--verify``. What could not be read is said, with its place and the reason, and ends the
+command with 3; it never stops what can still be read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import BindsnoopError, Damaged, SchemaUnknown, SourceUnavai
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline import archive, avro, select, topic, verification
+    from pipeline import archive, avro, dedup, select, topic, verification
     from pipeline.render.printer import Printer
 
 SHOWN, NOTHING, UNREADABLE = 0, 1, 3
@@ -111,11 +111,14 @@ def last(
     settings: config.ReplayConfig, schemas: Schemas, names: Names | None, wanted: select.Filter, tally: Tally
 ) -> list[pa.RecordBatch]:
     """The reading path of ``--tail N``: the last N attempts that match, and what the stream says among them."""
+    from pipeline import dedup
+
     assert settings.tail is not None
+    seen = dedup.Seen()
     tail: deque[pa.RecordBatch] = deque()
     binds = 0
     if settings.files:
-        for batch in selected(_resolved(_from_files(settings), names), wanted, tally):
+        for batch in selected(_resolved(once(_from_files(settings), seen, tally), names), wanted, tally):
             tail.append(batch)
             binds += _binds(batch)
             while binds - _binds(tail[0]) >= settings.tail:
@@ -124,7 +127,8 @@ def last(
         from pipeline import topic
 
         parts = topic.read_backwards(settings.topic, _client(settings), start=_start(settings))
-        for batch in selected(_resolved(_decoded(settings.topic, parts, schemas), names), wanted, tally):
+        newest_first = once(_decoded(settings.topic, parts, schemas), seen, tally)
+        for batch in selected(_resolved(newest_first, names), wanted, tally):
             tail.appendleft(batch)
             binds += _binds(batch)
             if binds >= settings.tail:
@@ -250,6 +254,17 @@ def _evidence(block: archive.Block) -> Evidence:
     return Evidence(batch, avro.BlockDatums(schema, block.payload, batch, known), str(block.path), block.share)
 
 
+def once(parts: Iterable[Found | Unread], seen: dedup.Seen, tally: Tally) -> Iterator[Found | Unread]:
+    """The same parts without the events that were there before."""
+    for part in parts:
+        if isinstance(part, Found):
+            sifted = seen.sift(part.batch)
+            tally.sifted(sifted)
+            yield part._replace(batch=sifted.batch)
+        else:
+            yield part
+
+
 class Names:
     """Names that the stream tells of containers after events that have their id alone: its ``workload`` records."""
 
@@ -300,7 +315,7 @@ class Tally:
     _SAID_AT_ONCE = 10
 
     def __init__(self, say: Callable[[str], None], progress: telemetry.Progress) -> None:
-        self.read = self.shown = self.hidden_failures = 0
+        self.read = self.shown = self.hidden_failures = self.copies = self.contradictions = 0
         self.skipped: Counter[str] = Counter()
         self.damaged = False
         self._progress = progress
@@ -312,6 +327,22 @@ class Tally:
         self.read += part.batch.num_rows
         self._progress.at(self.read, part.share)
 
+    def sifted(self, sifted: dedup.Sifted) -> None:
+        """Count copies, and say where events contradict each other: that is as bad as damage."""
+        self.read += sifted.copies
+        self.copies += sifted.copies
+        for node, epoch, pos, events in sifted.contradictions:
+            self.damaged = True
+            self.contradictions += events
+            more = f" and {events - 1} more after it" if events > 1 else ""
+            self._say_some(
+                "contradiction",
+                f"node {node} epoch {epoch} pos {pos}{more}: another event with this identity says something else; "
+                "both are shown",
+            )
+        for note in sifted.notes:
+            self._say(note)
+
     def unread(self, part: Unread) -> None:
         """Count what could not be read, and say where it is."""
         # Reasons hold numbers and bytes: what they have in common is one kind.
@@ -319,9 +350,12 @@ class Tally:
         if part.damage:
             self.damaged = True
             self.skipped[kind] += part.records
+        self._say_some(kind, f"{part.place}: {part.reason}")
+
+    def _say_some(self, kind: str, sentence: str) -> None:
         self._said[kind] += 1
         if self._said[kind] <= self._SAID_AT_ONCE:
-            self._say(f"{part.place}: {part.reason}")
+            self._say(sentence)
         elif self._said[kind] == self._SAID_AT_ONCE + 1:
             self._say("more of this kind are counted and not said one by one")
 
@@ -411,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(settings: config.ReplayConfig) -> int:
-    from pipeline import select
+    from pipeline import dedup, select
     from pipeline.render.printer import Printer
 
     if settings.topic is not None:
@@ -461,7 +495,8 @@ def _main(settings: config.ReplayConfig) -> int:
             batches = last(settings, schemas, names, filter_, tally)
             tally.shown = sum(map(_binds, batches))
         else:
-            batches = selected(_resolved(found(settings, schemas), names), filter_, tally)
+            each = once(found(settings, schemas), dedup.Seen(), tally)
+            batches = selected(_resolved(each, names), filter_, tally)
         if settings.count:
             for _ in batches:
                 pass
@@ -475,7 +510,10 @@ def _main(settings: config.ReplayConfig) -> int:
         progress.close()
     if interrupted and not settings.follow:
         say("interrupted: what follows was not read")
-    totals = telemetry.Totals(tally.read, tally.shown, tally.hidden_failures, tally.skipped, progress.seconds)
+    totals = telemetry.Totals(
+        tally.read, tally.shown, tally.hidden_failures, tally.skipped, progress.seconds, tally.copies,
+        tally.contradictions,
+    )  # fmt: skip
     line = telemetry.closing_line(totals, terminal=terminal and not settings.verify)
     if line is not None:
         say(line)

@@ -192,7 +192,8 @@ def _bar(stream: IO[str], monotonic: Callable[[], float]) -> Bar:
 class Totals(NamedTuple):
     """What a replay did: events ``read`` and ``shown``, failed attempts that were hidden, and what was skipped.
 
-    ``skipped`` counts by reason what could not be read.
+    ``skipped`` counts by reason what could not be read. ``copies`` of the events read were there before, and
+    ``contradictions`` of them say something else than another event with the same identity.
     """
 
     read: int
@@ -200,6 +201,8 @@ class Totals(NamedTuple):
     hidden_failures: int
     skipped: Mapping[str, int]
     seconds: float
+    copies: int = 0
+    contradictions: int = 0
 
 
 def closing_line(totals: Totals, *, terminal: bool) -> str | None:
@@ -210,6 +213,12 @@ def closing_line(totals: Totals, *, terminal: bool) -> str | None:
         if totals.hidden_failures:
             attempts = "attempt is" if totals.hidden_failures == 1 else "attempts are"
             said.append(f"{_count(totals.hidden_failures)} failed {attempts} hidden, -i=false shows them")
+        if totals.copies:
+            copies = "was a copy and is" if totals.copies == 1 else "were copies and are"
+            said.append(f"{_count(totals.copies)} {copies} not shown again")
+    if totals.contradictions:
+        events = "event says" if totals.contradictions == 1 else "events say"
+        said.append(f"{_count(totals.contradictions)} {events} something else than another of the same identity")
     skipped = sum(totals.skipped.values())
     if skipped:
         reasons = ", ".join(f"{_count(number)} {one_line(reason)}" for reason, number in totals.skipped.items())

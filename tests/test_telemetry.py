@@ -268,11 +268,17 @@ def test_the_closing_line_on_a_terminal() -> None:
     )
     assert closing_line(Totals(1, 1, 0, {}, 3725), terminal=True) == "1 read and 1 shown in 1:02:05."
     assert "1 failed attempt is hidden" in str(closing_line(Totals(1, 0, 1, {}, 0), terminal=True))
+    assert "; 1,200 were copies and are not shown again." in str(
+        closing_line(Totals(5, 1, 0, {}, 0, 1200), terminal=True)
+    )
 
 
 def test_without_a_terminal_only_what_could_not_be_read() -> None:
     """A script sees nothing that is no fault; a reason from a topic stays on its line."""
-    assert closing_line(Totals(9, 9, 9, {}, 1), terminal=False) is None
+    assert closing_line(Totals(9, 9, 9, {}, 1, 3), terminal=False) is None
+    assert closing_line(Totals(9, 9, 9, {}, 1, 3, 2), terminal=False) == (
+        "2 events say something else than another of the same identity."
+    )
     assert closing_line(Totals(9, 9, 9, {"bad\x1b\n": 1}, 1), terminal=False) == (
         "1 could not be read: 1 bad\\x1b\\x0a."
     )
