@@ -39,6 +39,7 @@ ROWS: dict[str, Row] = {
     "json": Row("all of them to JSON", "the loop with `json.dumps`", "≥ 8 times"),
     "columns": Row("all of them to columns", "the loop with `format`", "≥ 6 times"),
     "files": Row("replay the same from files, a filter keeps 0.1 %", "`fastavro.reader`, `if`", "≥ 10 times"),
+    "dedup": Row("each event once: knowing {remembered}", "", "≤ 64 MiB"),
     "verify": Row("`--verify` of that topic: every digest", "its replay, a filter keeps 0.1 %", "≥ 50 %"),
     "verify-files": Row("`--verify` of those files", "their replay, a filter keeps 0.1 %", "≥ 50 %"),
     "agent": Row("agent at 100,000 binds/s, kernel to acknowledgement: CPU an event", "", "all, ≤ 5 µs"),
@@ -82,15 +83,17 @@ class Size(NamedTuple):
     memory_secs: float
     guest_rounds: int
     churn_secs: float
+    remembered: int
 
 
 FULL = Size(
     binds=2_000_000, prefix=100_000, agent_secs=30, step_secs=10, cost_secs=2, memory_secs=600, guest_rounds=3,
-    churn_secs=60,
+    churn_secs=60, remembered=100_000_000,
 )  # fmt: skip
 QUICK = Size(
-    binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30, guest_rounds=1, churn_secs=12
-)
+    binds=200_000, prefix=20_000, agent_secs=5, step_secs=3, cost_secs=1, memory_secs=30, guest_rounds=1,
+    churn_secs=12, remembered=10_000_000,
+)  # fmt: skip
 
 
 README = ROOT / "README.md"
@@ -115,6 +118,8 @@ def measured(names: Sequence[str], size: Size, rounds: int) -> Iterator[tuple[st
                     yield from replaying.compared(store, compared, rounds, say)
                 if "first-line" in names:
                     yield "first-line", replaying.first_line(store, rounds)
+        if "dedup" in names:
+            yield "dedup", replaying.dedup_(size.remembered)
         if "help" in names:
             yield "help", replaying.help_(rounds)
         if "naming" in names:
@@ -155,7 +160,9 @@ def table(results: dict[str, Result], size: Size, rounds: int) -> str:
         if name not in results:
             continue
         result = results[name]
-        work = row.work.format(events=f"{size.binds / 1e6:g} million events")
+        work = row.work.format(
+            events=f"{size.binds / 1e6:g} million events", remembered=f"{size.remembered / 1e6:g} million events"
+        )
         beside = ": ".join(part for part in (row.beside, result.beside) if part)
         mark = {True: "reached", False: "**missed**", None: ""}[result.reached]
         lines.append(f"| {work} | {result.ours} | {beside} | {result.judged} | {row.goal} | {mark} |")

@@ -8,6 +8,7 @@ counts once, the rest by the event.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from benchmarks import events
 from benchmarks.measure import (
@@ -30,9 +34,10 @@ from benchmarks.measure import (
     interleaved,
     rate,
     ratios,
+    rss_anon_mib,
     run,
 )
-from pipeline import archive, avro, topic
+from pipeline import archive, avro, dedup, topic
 
 REPLAY = BIN / "bindsnoop-replay"
 BASELINE = (sys.executable, "-m", "benchmarks.baseline")
@@ -238,6 +243,41 @@ def _output(command: Sequence[str | Path]) -> bytes:
         check=False,
     )
     return done.stdout
+
+
+# --- each event once ----------------------------------------------------------------------------------------------
+
+EPOCHS = 1_000
+REMEMBERED_MIB = 64.0
+_REMEMBER = "from benchmarks.replaying import remember; import sys; remember(*map(int, sys.argv[1:]))"
+
+
+def dedup_(count: int) -> Result:
+    """Memory and time that it takes to know ``count`` events of ``EPOCHS`` epochs, all different."""
+    said = run([sys.executable, "-c", _REMEMBER, str(EPOCHS), str(count // EPOCHS)]).last_words
+    mib, nanosecs = map(float, said.split())
+    note = f"{count / 1e6:g} million events, dense, of {EPOCHS:,} epochs"
+    return Result(f"+{mib:.1f} MiB, {nanosecs:.0f} ns an event", "", "", mib <= REMEMBERED_MIB, note)
+
+
+def remember(epochs: int, each: int) -> None:
+    """Sifts ``each`` events of so many epochs, by batches; prints MiB of anonymous memory and ns an event."""
+    batch = next(events.generate(events.BATCH)).batch.slice(0, min(each, events.BATCH))
+    places = [batch.schema.get_field_index(name) for name in ("epoch", "pos")]
+    columns = batch.columns
+    seen, secs, begun = dedup.Seen(), 0.0, 0.0
+    for number in range(epochs):
+        columns[places[0]] = pa.repeat(pa.scalar(f"{number:016x}"), batch.num_rows)
+        for first in range(0, each, batch.num_rows):
+            columns[places[1]] = pa.array(np.arange(first, first + batch.num_rows))
+            part = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+            start = time.perf_counter()
+            copies = seen.sift(part).copies
+            secs += time.perf_counter() - start
+            if copies:
+                raise Failed(f"{copies} of {part.num_rows} different events are taken for copies")
+        begun = begun or rss_anon_mib(os.getpid())
+    print(rss_anon_mib(os.getpid()) - begun, secs / (epochs * each) * 1e9, file=sys.stderr)
 
 
 # --- how soon a command answers -----------------------------------------------------------------------------------
