@@ -113,6 +113,7 @@ class ReplayConfig:
     containers: tuple[str, ...]
     labels: tuple[event.LabelTest, ...]
     resolve: bool
+    sort: bool
     tail: int | None
     follow: bool
     count: bool
@@ -544,6 +545,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("layout", _choice(*event.LAYOUTS), "Which columns.", _R, _HOW, "trace-bind"),
     Option("layout", _choice(*event.LAYOUTS), "Which columns.", _L, _HOW, "ig"),
     Option("time", BOOLEAN, "Show the time too, UTC: the first column, the last key.", _SHOWN, _HOW, "false", "T"),
+    Option(
+        "sort", BOOLEAN, "Order by time, then node, epoch and position; what memory does not hold waits in $TMPDIR.",
+        _R, _HOW, "false",
+    ),
     Option("count", BOOLEAN, "Show nothing but how many there are.", _R, _HOW, "false"),
     Option("progress", _choice("auto", "never"), "A progress bar on a terminal.", _R, _HOW, "auto"),
     Option(
@@ -924,7 +929,7 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
     for name, needed in needs.items():
         if values.get(name) and not values[needed]:
             raise UsageError(f"{written[name].where} is set without --{needed}, which it needs.")
-    for name in ("count", "tail"):
+    for name in ("count", "tail", "sort"):
         if values.get("follow") and values[name]:
             raise UsageError(f"{written['follow'].where} and {written[name].where} exclude each other; choose one.")
     if values.get("verify"):

@@ -445,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(settings: config.ReplayConfig) -> int:
-    from pipeline import dedup, select
+    from pipeline import dedup, select, sort
     from pipeline.render.printer import Printer
 
     if settings.topic is not None:
@@ -497,6 +497,8 @@ def _main(settings: config.ReplayConfig) -> int:
         else:
             each = once(found(settings, schemas), dedup.Seen(), tally)
             batches = selected(_resolved(each, names), filter_, tally)
+        if settings.sort and not settings.count:
+            batches = sort.in_order(batches)
         if settings.count:
             for _ in batches:
                 pass

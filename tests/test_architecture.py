@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "pipeline"
 
 WORDS = {"event", "errors"}
 STAGES = {"records", "enrich", "delay", "testimony", "avro", "dedup", "select", "render"}
+EDGES = {"tracer", "workloads", "archive", "sort", "spool", "topic", "registry"}
 EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry"}
 WORDS = {"event", "chain", "errors"}
 STAGES = {"records", "enrich", "delay", "testimony", "verification", "avro", "select", "render"}

@@ -254,6 +254,7 @@ def test_a_wrong_port_is_named(flag: str, entry: str) -> None:
         (["-P"], "-P needs a value: ports and ranges from 1 to 65535, such as 4242,8000-8100."),
         (["-P", "-T"], "-P needs a value: ports and ranges from 1 to 65535, such as 4242,8000-8100."),
         (["--follow", "--count"], "--follow and --count exclude each other; choose one."),
+        (["--follow", "--sort"], "--follow and --sort exclude each other; choose one."),
         (
             ["--node", "a,!"],
             "--node: '!' is not allowed, only names, each with ! in front to leave it out, such as one,!another.",
