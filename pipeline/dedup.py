@@ -72,13 +72,12 @@ class Sifted(NamedTuple):
     notes: list[str]
 
 
-class _Epoch:
+class Intervals:
     """Positions of one epoch that were there: sorted intervals [start, end) that do not touch."""
 
-    __slots__ = ("ends", "number", "starts")
+    __slots__ = ("ends", "starts")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self) -> None:
         self.starts: Longs = np.empty(0, np.int64)
         self.ends: Longs = np.empty(0, np.int64)
 
@@ -101,10 +100,35 @@ class _Epoch:
         self.starts = starts[np.concatenate([[True], apart])]
         self.ends = ends[np.concatenate([apart, [True]])]
 
+    def put(self, pos: Longs) -> None:
+        """Remember positions in any order, whether they were there or not."""
+        ascending = np.unique(pos)
+        fresh = ascending[~self.has(ascending)]
+        if len(fresh):
+            self.add(fresh)
+
+    def cover(self, start: int, end: int) -> None:
+        """Remember everything from ``start`` to before ``end``."""
+        low, high = int(np.searchsorted(self.ends, start, "left")), int(np.searchsorted(self.starts, end, "right"))
+        if low < high:
+            start, end = min(start, int(self.starts[low])), max(end, int(self.ends[high - 1]))
+        self.starts = np.concatenate([self.starts[:low], np.array([start]), self.starts[high:]])
+        self.ends = np.concatenate([self.ends[:low], np.array([end]), self.ends[high:]])
+
     def shorten(self, most: int) -> None:
         """Forget all but the ``most`` longest intervals."""
         kept = np.sort(np.argpartition(self.starts - self.ends, most)[:most])
         self.starts, self.ends = self.starts[kept], self.ends[kept]
+
+
+class _Epoch(Intervals):
+    """An epoch that was met; its ``number`` is that of no other."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class Seen:
@@ -136,8 +160,8 @@ class Seen:
         pos = batch.column("pos").to_numpy()
         bits = _bits(batch, self._weights)
         kept: Mask | None = None
-        for node, epoch, rows in _streams(batch):
-            if not _EPOCH.fullmatch(epoch) or not 0 < len(node) <= _NODE_CHARACTERS:
+        for node, epoch, rows in streams(batch):
+            if not ours(node, epoch):
                 continue
             mask = self._sift(node, epoch, pos[rows], bits[rows], contradictions, notes)
             if mask is not None:
@@ -157,8 +181,8 @@ class Seen:
             known.ends[-1] += len(pos)
             self._keep_bits(known, pos, bits)
             return None
-        ours = (pos >= 0) & (pos <= _LAST_POS)
-        fresh = ours & ~known.has(pos)
+        placed = identified(pos)
+        fresh = placed & ~known.has(pos)
         if not dense:
             first = np.zeros(len(pos), np.bool_)
             first[np.unique(pos, return_index=True)[1]] = True
@@ -170,9 +194,9 @@ class Seen:
                 added, added_bits = added[order], added_bits[order]
             self._remember(known, added, notes)
             self._keep_bits(known, added, added_bits)
-        if fresh.all():
+        again = placed & ~fresh
+        if not again.any():
             return None
-        again = ours & ~fresh
         before = self._known_bits(known, pos[again])
         other = (before != 0) & (before != bits[again])
         if other.any():
@@ -255,7 +279,18 @@ def _chunks(pos: Longs) -> Iterator[tuple[int, slice]]:
 # --- the rows of a batch ------------------------------------------------------------------------------------------
 
 
-def _streams(batch: pa.RecordBatch) -> Iterator[tuple[str, str, slice | Longs]]:
+def ours(node: str, epoch: str) -> bool:
+    """Whether records with this node and epoch have an identity."""
+    return bool(_EPOCH.fullmatch(epoch)) and 0 < len(node) <= _NODE_CHARACTERS
+
+
+def identified(pos: Longs) -> Mask:
+    """For each position whether one of ours can have it."""
+    mask: Mask = (pos >= 0) & (pos <= _LAST_POS)
+    return mask
+
+
+def streams(batch: pa.RecordBatch) -> Iterator[tuple[str, str, slice | Longs]]:
     """Node, epoch and the rows of each stream in a batch."""
     nodes, epochs = batch.column("node"), batch.column("epoch")
     if _all_alike(nodes) and _all_alike(epochs):

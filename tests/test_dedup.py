@@ -112,6 +112,7 @@ def test_what_is_nobodys_of_ours_is_never_left_out(changes: dict[str, Any]) -> N
 
     first, again = sifted(seen, *rows), sifted(seen, *rows)
 
+    assert 1 == sifted(dedup.Seen(), stranger).batch.num_rows
     assert (4, 1, []) == (first.batch.num_rows, first.copies, first.contradictions)
     assert (2, 3, []) == (again.batch.num_rows, again.copies, again.contradictions)
 
