@@ -27,8 +27,9 @@ import os
 import re
 import secrets
 import stat
+import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -50,6 +51,9 @@ JOINED_EVENTS = 8_192
 MAX_OPEN = 4
 """Days that stay open between writes, around midnight or when a clock jumps."""
 
+EXCERPT = "bindsnoop.excerpt"
+"""Key of the header that says by which filters a segment was cut out of a stream."""
+
 _MAGIC = b"Obj\x01"
 _PARTIAL = ".partial"
 _ALLOCATE_AHEAD = 4 << 20
@@ -59,6 +63,7 @@ _RETIRE_SECS = 60
 _DAY_US = 86_400_000_000
 _PACK: dict[int, int] = {zstd.CompressionParameter.compression_level: 3, zstd.CompressionParameter.checksum_flag: 1}
 _UNPACK: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 26}
+_Positions = np.ndarray[Any, np.dtype[np.int64]]
 _NAME = re.compile(r"(?P<start>\d{8}T\d{6})Z-(?P<epoch>[^-]+)-(?P<first>\d+)(?:-(?P<again>\d+))?\.avro(?:\.partial)?")
 _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
@@ -151,7 +156,8 @@ class Writer:
     is kept of this node, whoever wrote it. ``now`` is seconds since 1970. Every method raises SinkUnavailable, with one
     sentence, when the disk refuses; the writer stays usable and the same call may be made again. A segment that met an
     error is closed, and the next one is a new file. On a full disk the oldest closed segments of this node go, 4 MiB at
-    a time.
+    a time, unless ``make_room`` is False. ``metadata`` goes into the header of every segment, by keys that begin with
+    ``bindsnoop.``.
 
     With a ``receipt`` segments wait for a destination: age ends only what is acknowledged, bytes also what is not. A
     ``spool`` is there for nothing else: what is acknowledged goes at once, and age ends the rest too.
@@ -169,6 +175,8 @@ class Writer:
         keep_secs: float | None = None,
         receipt: Receipt | None = None,
         spool: bool = False,
+        make_room: bool = True,
+        metadata: Mapping[str, str] | None = None,
         now: Callable[[], float],
     ) -> None:
         self._directory = Path(directory)
@@ -181,47 +189,52 @@ class Writer:
         self._keep_secs = keep_secs
         self._receipt = receipt
         self._spool = spool
+        self._may_make_room = make_room
+        self._metadata = {key: value.encode("utf-8", "surrogateescape") for key, value in (metadata or {}).items()}
         self._now = now
         self._last_pos: dict[Path, int] = {}
         self._made_room: list[Retired] = []
         self._open: dict[int, _Segment] = {}
         self._unsettled: list[_Segment] = []
         self._retire_at = -math.inf
-        self._packer = zstd.ZstdCompressor(options=_PACK)
         with self._disk():
             self._directory.mkdir(parents=True, exist_ok=True)
             self._recover()
 
-    def write(self, datums: pa.BinaryArray, first_pos: int, times_us: np.ndarray[Any, Any] | pa.Array) -> None:
+    def write(
+        self, datums: pa.BinaryArray, first_pos: int | _Positions, times_us: np.ndarray[Any, Any] | pa.Array
+    ) -> None:
         """Make ``datums`` safe on disk; datum i has position ``first_pos + i`` and happened at ``times_us[i]``, UTC.
 
-        Returns when they are synced. Raises when not one of them is kept, so the same call can be made again.
+        Where there are holes ``first_pos`` has the position of each; within a segment they have to ascend. Returns when
+        they are synced. Raises when not one of them is kept, so the same call can be made again.
         """
         if len(datums) != len(times_us):
             raise ValueError(f"{len(datums)} datums have {len(times_us)} times; each has one.")
         if len(datums) == 0:
             return
         times = _microseconds(times_us)
+        positions = first_pos if isinstance(first_pos, np.ndarray) else first_pos + np.arange(len(datums))
         with self._disk():
             try:
-                self._write(datums, first_pos, times)
+                self._write(datums, positions, times)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                self._write_where_it_is_full(datums, first_pos, times)
+                self._write_where_it_is_full(datums, positions, times)
 
     def _write_where_it_is_full(
-        self, datums: pa.BinaryArray, first_pos: int, times: np.ndarray[Any, np.dtype[np.int64]]
+        self, datums: pa.BinaryArray, positions: _Positions, times: np.ndarray[Any, np.dtype[np.int64]]
     ) -> None:
         # The failure has given back what its segment had reserved; only when that is not enough a segment goes.
         try:
-            self._write(datums, first_pos, times)
+            self._write(datums, positions, times)
         except OSError as error:
-            if error.errno not in _FULL or not self._make_room():
+            if error.errno not in _FULL or not self._may_make_room or not self._make_room():
                 raise
-            self._write(datums, first_pos, times)
+            self._write(datums, positions, times)
 
-    def _write(self, datums: pa.BinaryArray, first_pos: int, times: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    def _write(self, datums: pa.BinaryArray, positions: _Positions, times: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         days = times // _DAY_US
         self._settle()
         # Here and not when one is opened: what this write puts into a segment counts only when all of it is safe.
@@ -230,13 +243,12 @@ class Writer:
         written: list[tuple[_Segment, int, int, int]] = []
         try:
             if (days == days[0]).all():
-                self._append(int(days[0]), datums, first_pos, first_pos + len(datums) - 1, int(times[0]), written)
+                self._append(int(days[0]), datums, int(positions[0]), int(positions[-1]), int(times[0]), written)
             else:
                 for day in dict.fromkeys(days.tolist()):
                     places = np.flatnonzero(days == day)
-                    first, last = int(places[0]), int(places[-1])
-                    chosen = datums.take(pa.array(places))
-                    self._append(day, chosen, first_pos + first, first_pos + last, int(times[first]), written)
+                    chosen, mine = datums.take(pa.array(places)), positions[places]
+                    self._append(day, chosen, int(mine[0]), int(mine[-1]), int(times[places[0]]), written)
             for segment, _, _, _ in written:
                 os.fdatasync(segment.fd)
         except BaseException:
@@ -312,7 +324,7 @@ class Writer:
         _, offsets, values = datums.buffers()
         ends = np.frombuffer(offsets, np.int32, len(datums) + 1, datums.offset * 4)
         raw = memoryview(values)[int(ends[0]) : int(ends[-1])]
-        packed = self._packer.compress(raw, zstd.ZstdCompressor.FLUSH_FRAME)
+        packed: bytes = _packer().compress(raw, zstd.ZstdCompressor.FLUSH_FRAME)
         return _varint(len(datums)) + _varint(len(packed)) + packed
 
     def _start(self, day: int, first_pos: int, first_us: int) -> _Segment:
@@ -338,6 +350,7 @@ class Writer:
                 "bindsnoop.node": self._node.encode("utf-8", "surrogateescape"),
                 "bindsnoop.epoch": self._epoch.encode(),
                 "bindsnoop.first_pos": str(first_pos).encode(),
+                **self._metadata,
             }
             header = _header(metadata | {"bindsnoop.check": _check(metadata, sync)}, sync)
             _write_all(fd, header, 0)
@@ -480,6 +493,16 @@ class Writer:
             ) from error
 
 
+_of_thread = threading.local()
+
+
+def _packer() -> Any:
+    """The compressor of this thread: each takes megabytes, and a copy of a topic has a writer for every node."""
+    if not hasattr(_of_thread, "packer"):
+        _of_thread.packer = zstd.ZstdCompressor(options=_PACK)
+    return _of_thread.packer
+
+
 def safe(name: str) -> str:
     """Any name as one part of a path: anything but letters, digits, ``.``, ``_`` and ``-`` becomes ``%XX``."""
     raw = name.encode("utf-8", "surrogateescape")
@@ -589,7 +612,8 @@ class Block:
     """``count`` datums of one schema, one behind the other in ``payload``, unpacked. ``offset`` is in the file.
 
     Small neighbours come as one; ``parts`` are their (offset, count, bytes), for ``split``. ``share``, from 0 to 1, of
-    the bytes of everything that is being read is behind.
+    the bytes of everything that is being read is behind. ``excerpt`` says by which filters what is in this file was cut
+    out of a stream; empty for a whole one.
     """
 
     path: Path
@@ -599,6 +623,7 @@ class Block:
     payload: bytes = field(repr=False)
     parts: tuple[tuple[int, int, int], ...] = field(repr=False)
     share: float = field(default=0.0, compare=False)
+    excerpt: str = field(default="", compare=False)
 
     def split(self) -> list[Block]:
         """The blocks as they are in the file: when this one does not decode, the others of them still may."""
@@ -766,6 +791,8 @@ class _Head:
     codec: str
     sync: bytes
     note: str = ""
+    first_pos: int | None = None
+    excerpt: str = ""
 
 
 def _read_file(path: Path, start: int = 0) -> Iterator[Block | Unread]:
@@ -836,6 +863,7 @@ def _join(blocks: list[Block]) -> Block:
         sum(block.count for block in blocks),
         b"".join(block.payload for block in blocks),
         tuple(part for block in blocks for part in block.parts),
+        excerpt=blocks[0].excerpt,
     )
 
 
@@ -879,7 +907,8 @@ def _blocks(path: Path, file: _File, *, partial: bool, start: int = 0) -> Iterat
             at = found + 16
         else:
             if count:
-                yield Block(path, at, head.schema_text, count, payload, ((at, count, len(payload)),))
+                parts = ((at, count, len(payload)),)
+                yield Block(path, at, head.schema_text, count, payload, parts, excerpt=head.excerpt)
             at = end + 16
             if not marked:
                 yield Unread(
@@ -941,7 +970,15 @@ def _read_head(path: Path, file: _File) -> _Head:
         return _mend(file, at + 16, text, sync)
     if "avro.schema" not in metadata:
         raise DatumDamaged("has no schema in its header")
-    return _Head(at + 16, text, codec, sync)
+    first = metadata.get("bindsnoop.first_pos", b"")
+    return _Head(
+        at + 16,
+        text,
+        codec,
+        sync,
+        first_pos=int(first) if re.fullmatch(rb"[0-9]{1,19}", first) else None,
+        excerpt=metadata.get(EXCERPT, b"").decode("utf-8", "replace"),
+    )
 
 
 def _read_bytes(data: memoryview, at: int) -> tuple[bytes, int]:
@@ -1005,6 +1042,50 @@ _CODECS: dict[str, Callable[[memoryview], bytes]] = {
     "deflate": _unpack_deflate,
     "zstandard": _unpack_zstandard,
 }
+
+
+# --- what is there, at a glance -----------------------------------------------------------------------------------
+
+
+class Glance(NamedTuple):
+    """What a segment says without being unpacked: first position, how many ``datums`` it has, and the last block."""
+
+    first_pos: int
+    datums: int
+    last: Block
+
+
+def glance(path: Path) -> Glance | None:
+    """A look at the frames of a segment's blocks; None when it is not whole, or not one that ``Writer`` wrote.
+
+    Only the last block is unpacked: damage inside of another is not noticed.
+    """
+    try:
+        file = _File(path)
+    except OSError:
+        return None
+    try:
+        head = _read_head(path, file)
+        if head.first_pos is None or head.note or head.codec not in _CODECS:
+            return None
+        total, at, last = 0, head.end, None
+        while at < file.size:
+            count, start, end = _frame(file, at)
+            if file.piece(end, 16) != head.sync:
+                return None
+            last = (at, count, start, end)
+            total += count
+            at = end + 16
+        if last is None:
+            return None
+        at, count, start, end = last
+        payload = _CODECS[head.codec](file.piece(start, end - start))
+        block = Block(path, at, head.schema_text, count, payload, ((at, count, len(payload)),))
+        return Glance(head.first_pos, total, block)
+    except (IndexError, *_UNPACK_ERRORS):
+        return None
+    finally:
+        file.close()
 
 
 # --- what the writer asks of a file -------------------------------------------------------------------------------

@@ -1096,6 +1096,47 @@ def decode_messages(values: Sequence[bytes | None], resolve: Callable[[int | byt
     return Decoded(batch, order[rank], bad)
 
 
+# --- the datums of what was decoded -------------------------------------------------------------------------------
+
+
+def datums_of_messages(
+    values: Sequence[bytes | None], decoded: Decoded, resolve: Callable[[int | bytes], Schema]
+) -> pa.BinaryArray:
+    """The datum of each row of ``decode_messages(values, resolve)``: as it came where its schema is ours, else as we
+    write it."""
+    rows = np.arange(len(values), dtype=np.int64) if decoded.index is None else decoded.index
+    unframed = unframe(values)
+    ours_at = np.zeros(len(values), np.int64)
+    for group in unframed.groups:
+        try:
+            same = resolve(group.key).parsed == ours().parsed
+        except (SchemaUnknown, SchemaRefused):
+            continue
+        if same:
+            ours_at[slice(None) if group.index is None else group.index] = _FRAME_BYTES[group.framing]
+    frames = ours_at[rows]
+    as_we_write = [] if frames.all() else encode(decoded.batch).to_pylist()
+    came = zip(rows.tolist(), frames.tolist(), strict=True)
+    # pyarrow's own slicing makes room for the longest value in every row.
+    datums = [values[row][frame:] if frame else as_we_write[place] for place, (row, frame) in enumerate(came)]
+    return pa.array(datums, pa.binary())
+
+
+def datums_of_block(payload: bytes, batch: pa.RecordBatch, writer: Schema) -> pa.BinaryArray:
+    """The datum of each row of ``decode_block(payload, len(batch), writer)``: as it came where the schema is ours, else
+    as we write it."""
+    datums = encode(batch)
+    if writer.parsed != ours().parsed or bytes(encode_block(datums)[1]) == payload:
+        return datums
+    # The same events in other bytes, which only a walk can part.
+    parts, at = [], 0
+    for _ in range(batch.num_rows):
+        end = _walk(writer._node, payload, at)
+        parts.append(payload[at:end])
+        at = end
+    return pa.array(parts, pa.binary())
+
+
 def _decode_group(group: Group, resolve: Callable[[int | bytes], Schema]) -> Decoded:
     try:
         schema = resolve(group.key)
