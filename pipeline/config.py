@@ -92,7 +92,8 @@ class ReplayConfig:
 
     ``pids``, ``ports``, ``ignore_errors``, ``since_us``, ``until_us``, ``info``, ``nodes``, ``namespaces``, ``pods``,
     ``containers`` and ``labels`` are those of ``select.Filter``; times are microseconds since 1970. ``columns`` is a
-    layout or names of columns.
+    layout or names of columns. With ``to`` nothing is shown, and unless they were asked for otherwise failed attempts
+    and the stream's own records are not left out.
     """
 
     topic: str | None
@@ -112,6 +113,7 @@ class ReplayConfig:
     pods: tuple[str, ...]
     containers: tuple[str, ...]
     labels: tuple[event.LabelTest, ...]
+    to: Path | None
     resolve: bool
     sort: bool
     tail: int | None
@@ -498,6 +500,10 @@ OPTIONS: tuple[Option, ...] = (
         many=True, separator=os.pathsep, greedy=True,
     ),
     Option(
+        "to", _DIRECTORY, "Show nothing: keep in files below this folder what is not there already.",
+        _R, _TO,
+    ),
+    Option(
         "bootstrap-servers", _SERVERS,
         "Addresses of Kafka brokers; without any, also in -X and --properties, localhost:9092.", _A + _R, _KAFKA,
     ),
@@ -729,6 +735,7 @@ def parse(
     }
     if command == "replay":
         _strongest_source(written)
+        _whole_to(written)
     values = {option.name: _value(option, written.get(option.name)) for option in options.values()}
     _check(command, values, written)
     return _settings(command, options, values, clock.time_ns() // 1000 if now_us is None else now_us)
@@ -896,6 +903,14 @@ def _strongest_source(written: dict[str, Written]) -> None:
                 del written[name]
 
 
+def _whole_to(written: dict[str, Written]) -> None:
+    """What --to keeps is whole unless somebody asks for less: the defaults of showing are none of keeping."""
+    if "to" in written:
+        for name, text in (("ignore-errors", "false"), ("info", "true")):
+            if written[name].layer == _DEFAULTS:
+                written[name] = written[name]._replace(texts=[text])
+
+
 def _value(option: Option, written: Written | None) -> Any:
     if written is None:
         return () if option.many else None
@@ -929,6 +944,10 @@ def _check(command: Command, values: Mapping[str, Any], written: Mapping[str, Wr
     for name, needed in needs.items():
         if values.get(name) and not values[needed]:
             raise UsageError(f"{written[name].where} is set without --{needed}, which it needs.")
+    if command == "replay" and values["to"] is not None:
+        for name in ("count", "tail", "sort", "resolve"):
+            if values[name]:
+                raise UsageError(f"{written['to'].where} and {written[name].where} exclude each other; choose one.")
     for name in ("count", "tail", "sort"):
         if values.get("follow") and values[name]:
             raise UsageError(f"{written['follow'].where} and {written[name].where} exclude each other; choose one.")
@@ -974,13 +993,14 @@ def _settings(
             fields[name] = now_us - fields[name].us
     if None not in (fields["since_us"], fields["until_us"]) and fields["until_us"] <= fields["since_us"]:
         raise UsageError(
-            f"--until is {_iso(fields['until_us'])} and --from {_iso(fields['since_us'])}; "
+            f"--until is {iso(fields['until_us'])} and --from {iso(fields['since_us'])}; "
             "--until has to be later, for what happens at that time is not shown."
         )
     return ReplayConfig(**fields)
 
 
-def _iso(us: int) -> str:
+def iso(us: int) -> str:
+    """Microseconds since 1970 as a time that ``--from`` takes; as a number where no calendar has it."""
     try:
         return f"{datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us):%Y-%m-%dT%H:%M:%S.%fZ}"
     except OverflowError:
@@ -1035,6 +1055,7 @@ EXAMPLES: dict[Command, tuple[tuple[str, str], ...]] = {
             "live, the whole cluster",
         ),
         ("bindsnoop-replay --files /var/lib/bindsnoop --verify", "whether anything is missing or was changed"),
+        ("bindsnoop-replay --topic binds --to /srv/binds", "keep them for years; again, only what is new"),
     ),
     "live": (
         ("bindsnoop", "binds that succeed"),

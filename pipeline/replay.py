@@ -9,12 +9,15 @@ command with 3; it never stops what can still be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import re
+import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from pipeline import config, event, telemetry
@@ -23,17 +26,23 @@ from pipeline.errors import BindsnoopError, Damaged, SchemaUnknown, SourceUnavai
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipeline import archive, avro, dedup, select, topic, verification
+    from pipeline import archive, avro, copying, dedup, select, topic, verification
     from pipeline.render.printer import Printer
 
 SHOWN, NOTHING, UNREADABLE = 0, 1, 3
 
 
 class Found(NamedTuple):
-    """Events in the order of their source, and the share of it that is behind with them, from 0 to 1."""
+    """Events in the order of their source, and the share of it that is behind with them, from 0 to 1.
+
+    ``datums`` gives the datum of each row of the batch that was read, in the bytes in which it came. ``excerpt`` says
+    by which filters they were cut out of a stream before; empty for a whole one.
+    """
 
     batch: pa.RecordBatch
     share: float
+    datums: Callable[[], pa.BinaryArray]
+    excerpt: str = ""
 
 
 class Unread(NamedTuple):
@@ -178,27 +187,39 @@ def _decoded(name: str, parts: Iterable[topic.Messages | topic.Unread], schemas:
         decoded = avro.decode_messages(part.values, schemas.resolve)
         for bad in decoded.bad:
             yield Unread(f"topic {name}[{part.partition}] offset {part.offset(bad.index)}", bad.reason)
-        yield Found(decoded.batch, part.done / max(part.total, 1))
+        datums = functools.partial(avro.datums_of_messages, part.values, decoded, schemas.resolve)
+        yield Found(decoded.batch, part.done / max(part.total, 1), datums)
 
 
 def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
-    from pipeline import archive, avro
+    from pipeline import archive
 
+    excerpts: set[str] = set()
     for part in archive.read(settings.files, settings.since_us, settings.until_us):
         if isinstance(part, archive.Unread):
             yield Unread(f"{part.path} bytes {part.start} to {part.end}", part.reason, damage=part.damage)
             continue
+        if part.excerpt and part.excerpt not in excerpts:
+            excerpts.add(part.excerpt)
+            yield Unread(str(part.path), f"an excerpt by {part.excerpt[:1000]}; the rest is not in it", 0, damage=False)
         try:
-            yield Found(avro.decode_block(part.payload, part.count, avro.admit(part.schema_text)), part.share)
+            yield _block(part)
         except Damaged:
             # Small blocks come together; the others of them may still be whole.
             for block in part.split():
                 try:
-                    batch = avro.decode_block(block.payload, block.count, avro.admit(block.schema_text))
+                    yield _block(block)._replace(share=part.share)
                 except Damaged as error:
                     yield Unread(f"{block.path} block at byte {block.offset}", str(error), block.count)
-                else:
-                    yield Found(batch, part.share)
+
+
+def _block(block: archive.Block) -> Found:
+    from pipeline import avro
+
+    schema = avro.admit(block.schema_text)
+    batch = avro.decode_block(block.payload, block.count, schema)
+    datums = functools.partial(avro.datums_of_block, block.payload, batch, schema)
+    return Found(batch, block.share, datums, block.excerpt)
 
 
 Heard = Callable[[str, str, int | None], None]
@@ -322,10 +343,10 @@ class Tally:
         self._say = say
         self._said: Counter[str] = Counter()
 
-    def found(self, part: Found) -> None:
+    def found(self, part: Found, also: str = "") -> None:
         """Count what was read."""
         self.read += part.batch.num_rows
-        self._progress.at(self.read, part.share)
+        self._progress.at(self.read, part.share, also)
 
     def sifted(self, sifted: dedup.Sifted) -> None:
         """Count copies, and say where events contradict each other: that is as bad as damage."""
@@ -338,10 +359,21 @@ class Tally:
             self._say_some(
                 "contradiction",
                 f"node {node} epoch {epoch} pos {pos}{more}: another event with this identity says something else; "
-                "both are shown",
+                "neither is left out",
             )
         for note in sifted.notes:
             self._say(note)
+
+    def kept(self, into: copying.Copy, where: str) -> None:
+        """Say what ``--to`` did. Records that cannot be known again are not kept, and that is as bad as damage."""
+        self.shown = into.written + into.there
+        if into.strangers:
+            self.damaged = True
+            self._say(
+                f"{into.strangers:,} records are not kept: they lack a node, an epoch of 16 hexadecimal digits or a "
+                "position, by which they could be known again"
+            )
+        self._say(f"records written to {where}: {into.written:,}; there already: {into.there:,}")
 
     def unread(self, part: Unread) -> None:
         """Count what could not be read, and say where it is."""
@@ -430,6 +462,101 @@ def _verify(settings: config.ReplayConfig, schemas: Schemas, tally: Tally, out: 
     return verification.worst([*(verdict.code for verdict in verdicts), UNREADABLE if tally.damaged else 0])
 
 
+class Stopping:
+    """SIGINT and SIGTERM as KeyboardInterrupt, but never inside of this context: there they wait for its end.
+
+    A record must be either written and counted as such, or neither, also when a service is stopped.
+    """
+
+    def __init__(self) -> None:
+        self._held = self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
+
+    def _heard(self, *_: object) -> None:
+        self._asked = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        self._held = True
+
+    def __exit__(self, *_: object) -> None:
+        self._held = False
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def forget(self) -> None:
+        """From now on neither ends anything: the end has begun."""
+        self._held = True
+
+
+def keep(
+    settings: config.ReplayConfig,
+    schemas: Schemas,
+    wanted: select.Filter,
+    tally: Tally,
+    into: copying.Copy,
+    stopping: Stopping,
+) -> None:
+    """The path of ``--to``: every record that was asked for, as it came, into an archive."""
+    import numpy as np
+    import pyarrow as pa
+
+    from pipeline import dedup, select
+
+    seen, filters = dedup.Seen(), excerpt(settings)
+    for part in found(settings, schemas):
+        if isinstance(part, Unread):
+            tally.unread(part)
+            continue
+        # Rows keep their number through the stages: it leads back to their datums.
+        rows = pa.array(np.arange(part.batch.num_rows))
+        sifted = seen.sift(part.batch.append_column("row", rows))
+        tally.sifted(sifted)
+        tally.found(part._replace(batch=sifted.batch), f"{into.written:,} new, {into.there:,} there already")
+        chosen = select.select(sifted.batch, wanted).batch
+        if chosen.num_rows:
+            datums = part.datums()
+            datums = datums if chosen.num_rows == len(rows) else datums.take(chosen.column("row"))
+            with stopping:
+                into.cut(f"{part.excerpt} {filters}".strip())
+                into.add(chosen, datums)
+
+
+def _into(settings: config.ReplayConfig, directory: Path) -> copying.Copy:
+    from pipeline import copying
+
+    return copying.Copy(directory, flush_secs=5 if settings.follow else None)
+
+
+def excerpt(settings: config.ReplayConfig) -> str:
+    """The filters of ``--to`` as text, as they would be written; empty when nothing is left out."""
+    said = {
+        "pid": ",".join(map(str, settings.pids)),
+        "ports": ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in settings.ports),
+        "ignore-errors": "true" if settings.ignore_errors else "",
+        "from": _utc(settings.since_us),
+        "until": _utc(settings.until_us),
+        "node": ",".join(settings.nodes),
+        "namespace": ",".join(settings.namespaces),
+        "podname": ",".join(settings.pods),
+        "containername": ",".join(settings.containers),
+        "selector": ",".join(
+            f"{'' if test.wanted else '!'}{test.key}"
+            if test.value is None
+            else f"{test.key}{'=' if test.wanted else '!='}{test.value}"
+            for test in settings.labels
+        ),
+        "info": "" if settings.info else "false",
+    }
+    return " ".join(f"--{name}={text}" for name, text in said.items() if text)
+
+
+def _utc(us: int | None) -> str:
+    return "" if us is None else config.iso(us)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``bindsnoop-replay``."""
     try:
@@ -456,12 +583,12 @@ def _main(settings: config.ReplayConfig) -> int:
     out = sys.stdout.buffer
     # Before anything is looked for: whoever waits sees that the command has begun.
     printer = Printer(settings.output, settings.columns, time=settings.time)
-    if not settings.count and not settings.verify:
+    silent = settings.count or settings.verify or settings.to is not None
+    if not silent:
         out.write(printer.header)
         out.flush()
     terminal = sys.stderr.isatty()
-    shows = sys.stdout.isatty() and not settings.count and not settings.verify
-    wanted = settings.progress == "auto" and not settings.follow and not shows
+    wanted = settings.progress == "auto" and not settings.follow and not (sys.stdout.isatty() and not silent)
     progress = telemetry.Progress(sys.stderr, wanted=wanted)
 
     def say(sentence: str) -> None:
@@ -485,12 +612,15 @@ def _main(settings: config.ReplayConfig) -> int:
     )
     interrupted = False
     verdict = NOTHING
+    into = None if settings.to is None else _into(settings, settings.to)
+    stopping = None if into is None else Stopping()
     try:
+        names = Names.of(settings, schemas) if settings.resolve else None
+        batches: Iterable[pa.RecordBatch] = ()
         if settings.verify:
             verdict = _verify(settings, schemas, tally, out)
-        names = Names.of(settings, schemas) if settings.resolve else None
-        if settings.verify:
-            batches: Iterable[pa.RecordBatch] = ()
+        elif into is not None and stopping is not None:
+            keep(settings, schemas, filter_, tally, into, stopping)
         elif settings.tail is not None:
             batches = last(settings, schemas, names, filter_, tally)
             tally.shown = sum(map(_binds, batches))
@@ -510,13 +640,17 @@ def _main(settings: config.ReplayConfig) -> int:
         interrupted = True
     finally:
         progress.close()
+    if into is not None and stopping is not None:
+        stopping.forget()
+        into.close()
+        tally.kept(into, str(settings.to))
     if interrupted and not settings.follow:
         say("interrupted: what follows was not read")
     totals = telemetry.Totals(
         tally.read, tally.shown, tally.hidden_failures, tally.skipped, progress.seconds, tally.copies,
         tally.contradictions,
     )  # fmt: skip
-    line = telemetry.closing_line(totals, terminal=terminal and not settings.verify)
+    line = telemetry.closing_line(totals, terminal=terminal and into is None and not settings.verify)
     if line is not None:
         say(line)
     if settings.verify and not interrupted:

@@ -126,12 +126,12 @@ class Progress:
         self._bar: Bar | None = None
         self._drawn = False
 
-    def at(self, events: int, share: float | None = None) -> None:
-        """So many events were read; ``share``, from 0 to 1, of the source is behind."""
+    def at(self, events: int, share: float | None = None, also: str = "") -> None:
+        """So many events were read; ``share``, from 0 to 1, of the source is behind; ``also`` is said beside it."""
         now = self._monotonic()
         if self._shown and now >= self._due:
             self._due = now + self._REDRAW_SECS
-            self._draw(events, share)
+            self._draw(events, share, also)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -156,13 +156,14 @@ class Progress:
         """Time since the start."""
         return self._monotonic() - self._started
 
-    def _draw(self, events: int, share: float | None) -> None:
+    def _draw(self, events: int, share: float | None, also: str) -> None:
         if self._bar is None:
             self._bar = _bar(self._stream, self._monotonic)
             self._bar.add_task("", total=None)
         said = f"{_count(events)} events, {_count(events / max(self.seconds, 1e-9))}/s"
         if share:
             said += f", {_span(self.seconds * (1 - share) / share)} left"
+        said += f", {also}" if also else ""
         total = None if share is None else 1
         self._bar.update(self._bar.task_ids[0], completed=share or 0, total=total, description=said)
         if not self._drawn:

@@ -1,4 +1,4 @@
-"""Imports point downwards only: commands → edges and stages → words (docs/architecture.md)."""
+"""Imports point downwards only: commands → paths → edges and stages → words (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ WORDS = {"event", "chain", "errors"}
 STAGES = {"records", "enrich", "delay", "testimony", "verification", "avro", "select", "render"}
 EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry", "keys"}
 AROUND = {"config", "completion", "telemetry"}
+PATHS = {"copying"}
 COMMANDS = {"agent", "replay", "live"}
 
 MAY_IMPORT = {
     **dict.fromkeys(WORDS | STAGES | EDGES, WORDS),
     "spool": WORDS | {"archive"},
     **dict.fromkeys(AROUND, WORDS | AROUND),
-    **dict.fromkeys(COMMANDS, WORDS | STAGES | EDGES | AROUND),
+    **dict.fromkeys(PATHS, WORDS | STAGES | EDGES),
+    **dict.fromkeys(COMMANDS, WORDS | STAGES | EDGES | AROUND | PATHS),
 }
 
 IN_TRACER = {

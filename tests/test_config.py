@@ -255,6 +255,11 @@ def test_a_wrong_port_is_named(flag: str, entry: str) -> None:
         (["-P", "-T"], "-P needs a value: ports and ranges from 1 to 65535, such as 4242,8000-8100."),
         (["--follow", "--count"], "--follow and --count exclude each other; choose one."),
         (["--follow", "--sort"], "--follow and --sort exclude each other; choose one."),
+        (["--to", "x", "--count"], "--to and --count exclude each other; choose one."),
+        (["--to", "x", "--tail=3"], "--to and --tail exclude each other; choose one."),
+        (["--to", "x", "--sort"], "--to and --sort exclude each other; choose one."),
+        (["--to", "x", "--resolve"], "--to and --resolve exclude each other; choose one."),
+        (["--to"], "--to needs a value: a path."),
         (
             ["--node", "a,!"],
             "--node: '!' is not allowed, only names, each with ! in front to leave it out, such as one,!another.",
@@ -432,6 +437,22 @@ def test_later_wins(tmp_path: Path) -> None:
     assert found(BINDSNOOP_TAIL="4") == ("variable:1", 4, True)
     assert found("--tail=5", "-T=false", "--bootstrap-servers", "flag:1", BINDSNOOP_TAIL="4") == ("flag:1", 5, False)
     assert replay(environ=environ, system_file=system).ports == (range(1, 2), range(2, 4))
+
+
+def test_what_is_kept_is_whole_unless_less_is_asked_for(tmp_path: Path) -> None:
+    """--to leaves out neither failed attempts nor notes by default; a flag, a variable or a file may."""
+    file = tmp_path / "c.toml"
+    file.write_text("ignore_errors = true\n")
+
+    def found(*argv: str, **environ: str) -> tuple[bool, bool]:
+        asked = replay("--to", "d", *argv, environ=environ)
+        return asked.ignore_errors, asked.info
+
+    assert (replay().ignore_errors, replay().info, replay().to) == (True, False, None)
+    assert (found(), replay("--to", "d").to) == ((False, True), Path("d"))
+    assert found("-i", "--info=false") == (True, False)
+    assert found("--config", str(file)) == (True, True)
+    assert found(BINDSNOOP_IGNORE_ERRORS="true") == (True, True)
 
 
 def test_the_table_of_another_command_is_not_read(tmp_path: Path) -> None:

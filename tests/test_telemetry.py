@@ -200,10 +200,14 @@ def test_without_a_known_end_there_is_no_time_left(terminal: Terminal) -> None:
     unknown = terminal.seen()
     clock.now += 1
     progress.at(20, 0.5)
+    known = terminal.seen()
+    clock.now += 1
+    progress.at(30, 0.5, "7 new")
 
     assert "10 events, 10/s" in unknown
     assert "left" not in unknown
-    assert "20 events, 10/s, 2.0 s left" in terminal.seen()
+    assert "20 events, 10/s, 2.0 s left" in known
+    assert "30 events, 10/s, 3.0 s left, 7 new" in terminal.seen()
 
 
 def test_others_write_to_a_clean_line(terminal: Terminal) -> None:
