@@ -14,6 +14,7 @@ import fastavro
 import pytest
 
 from pipeline import avro
+from pipeline.replay import Stopping
 from tests import stored
 from tests.broker import Kafka
 from tests.commands import BIN, environment, replay, until
@@ -198,6 +199,33 @@ def test_follow_keeps_archiving_until_it_is_stopped(source: Source, tmp_path: Pa
     assert not list(tmp_path.rglob("*.partial"))
     assert (0, (len(source.sent) - len(held), len(held))) == (rest.code, counts(rest.err))
     assert sorted(source.sent) == sorted(kept(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_until_a_record_is_counted(number: signal.Signals) -> None:
+    """Within a write it is remembered, and stops the work behind it; when the end has begun it does nothing."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    done = []
+    try:
+        stopping = Stopping()
+
+        def write() -> None:
+            with stopping:
+                signal.raise_signal(number)
+                done.append("written")
+
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        stopping.forget()
+        signal.raise_signal(number)
+        done.append("closed")
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    assert ["written", "closed"] == done
 
 
 # --- a case -------------------------------------------------------------------------------------------------------

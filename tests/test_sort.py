@@ -65,6 +65,18 @@ def test_many_runs_of_several_levels() -> None:
     assert sorted(map(key, rows_of(batch(rows)))) == [key(row) for row in found]
 
 
+def test_rows_with_one_key_have_one_order_over_many_pieces() -> None:
+    """However the rows of one key lie in runs and pieces, they come out in the order of what they say."""
+    rows = [bind(0, time=5, port=1 + number) for number in range(60)]
+    found = []
+    for seed in range(3):
+        random.Random(seed).shuffle(rows)
+        found.append(out([batch(rows[first : first + 7]) for first in range(0, 60, 7)], **TINY))
+
+    assert found[0] == found[1] == found[2] == out([batch(rows)])
+    assert 60 == len({row["port"] for row in found[0]})
+
+
 def test_thousands_of_rows_with_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a limit rows with the same key keep the order in which they came; none is lost."""
     monkeypatch.setattr(sort, "MAX_TIES", 16)
@@ -76,24 +88,28 @@ def test_thousands_of_rows_with_one_key(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_is_bounded() -> None:
-    """Sorting twenty times what may be in memory holds a small multiple of that."""
+    """Sorting twenty times what may be in memory holds a small multiple of that, and few files."""
     run = 256 << 10
     one = batch([bind(0, comm="x" * 200)]).take(pa.array([0] * 500))
     place = one.schema.get_field_index("time")
     chance = random.Random(7)
 
+    files: list[int] = []
+
     def parts() -> Iterator[pa.RecordBatch]:
         for _ in range(20 * run // one.nbytes + 1):
             times = pa.array([chance.randrange(10**9) for _ in range(500)], pa.int64()).cast(pa.timestamp("us"))
+            files.append(len(list(Path("/proc/self/fd").iterdir())))
             yield one.set_column(place, one.schema.field(place), times)
 
     before, most, count = pa.total_allocated_bytes(), 0, 0
-    for part in sort.in_order(parts(), run_bytes=run, fan_in=8, piece_bytes=run // 32):
+    for part in sort.in_order(parts(), run_bytes=run, fan_in=4, piece_bytes=run // 32):
         count += part.num_rows
         most = max(most, pa.total_allocated_bytes() - before)
 
     assert count == 500 * (20 * run // one.nbytes + 1)
     assert most < 6 * run
+    assert max(files) - files[0] <= 2 * 4
 
 
 def test_a_full_temporary_folder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
