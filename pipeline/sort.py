@@ -32,7 +32,8 @@ FAN_IN = 64
 PIECE_BYTES = 256 << 10
 """Of each run two pieces are in memory while it is merged."""
 ROWS = 10_000
-"""Rows that come out at a time."""
+"""Rows that come out at a time, fewer where they are large."""
+OUT_BYTES = 4 << 20
 MAX_TIES = 8_192
 
 KEYS = ("time", "node", "epoch", "pos")
@@ -67,11 +68,26 @@ def in_order(
         while len(runs) >= fan_in:
             _merge_last(runs, fan_in, piece_bytes)
         parts = [_Part(run.read()) for run in runs] + ([_Part(iter([rest]))] if rest is not None else [])
-        for batch in _untied(_merged(parts)):
-            yield from (batch.slice(first, ROWS) for first in range(0, batch.num_rows, ROWS))
+        yield from _joined(_untied(_merged(parts)))
     finally:
         for run in runs:
             run.file.close()
+
+
+def _joined(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows, about ``ROWS`` at a time: whoever shows them pays for every batch."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        for first in range(0, batch.num_rows, ROWS):
+            part = batch.slice(first, ROWS)
+            held.append(part)
+            rows, size = rows + part.num_rows, size + part.nbytes
+            if rows >= ROWS or size >= OUT_BYTES:
+                yield pa.concat_batches(held)
+                held, rows, size = [], 0, 0
+    if held:
+        yield pa.concat_batches(held)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
