@@ -32,7 +32,7 @@ FAN_IN = 64
 PIECE_BYTES = 256 << 10
 """Of each run two pieces are in memory while it is merged."""
 ROWS = 10_000
-"""Rows that come out at a time, fewer where they are large."""
+"""Rows that come out at a time; fewer where they are more than ``OUT_BYTES``."""
 OUT_BYTES = 4 << 20
 MAX_TIES = 8_192
 
@@ -48,6 +48,7 @@ def in_order(
     run_bytes: int = RUN_BYTES,
     fan_in: int = FAN_IN,
     piece_bytes: int = PIECE_BYTES,
+    out_bytes: int = OUT_BYTES,
 ) -> Iterator[pa.RecordBatch]:
     """All rows of the batches, sorted. Unavailable when the temporary folder is full or cannot be used."""
     runs: list[_Run] = []
@@ -68,13 +69,13 @@ def in_order(
         while len(runs) >= fan_in:
             _merge_last(runs, fan_in, piece_bytes)
         parts = [_Part(run.read()) for run in runs] + ([_Part(iter([rest]))] if rest is not None else [])
-        yield from _joined(_untied(_merged(parts)))
+        yield from _joined(_untied(_merged(parts)), out_bytes)
     finally:
         for run in runs:
             run.file.close()
 
 
-def _joined(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _joined(batches: Iterator[pa.RecordBatch], out_bytes: int) -> Iterator[pa.RecordBatch]:
     """The same rows, about ``ROWS`` at a time: whoever shows them pays for every batch."""
     held: list[pa.RecordBatch] = []
     rows = size = 0
@@ -83,7 +84,7 @@ def _joined(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             part = batch.slice(first, ROWS)
             held.append(part)
             rows, size = rows + part.num_rows, size + part.nbytes
-            if rows >= ROWS or size >= OUT_BYTES:
+            if rows >= ROWS or size >= out_bytes:
                 yield pa.concat_batches(held)
                 held, rows, size = [], 0, 0
     if held:

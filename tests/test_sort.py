@@ -103,7 +103,7 @@ def test_memory_is_bounded() -> None:
             yield one.set_column(place, one.schema.field(place), times)
 
     before, most, count = pa.total_allocated_bytes(), 0, 0
-    for part in sort.in_order(parts(), run_bytes=run, fan_in=4, piece_bytes=run // 32):
+    for part in sort.in_order(parts(), run_bytes=run, fan_in=4, piece_bytes=run // 32, out_bytes=run // 4):
         count += part.num_rows
         most = max(most, pa.total_allocated_bytes() - before)
 
