@@ -168,8 +168,9 @@ class Copy:
             while len(self._open) >= OPEN_STREAMS:
                 self._close(next(iter(self._open.values())))
             metadata = {archive.EXCERPT: self._excerpt} if self._excerpt else {}
+            # What is kept for years never goes to make room for more.
             stream.writer = archive.Writer(
-                self._directory, node=stream.node, epoch=stream.epoch, metadata=metadata, now=self._now
+                self._directory, node=stream.node, epoch=stream.epoch, make_room=False, metadata=metadata, now=self._now
             )
             self._open[key] = stream
         stream.writer.write(datums, positions, times)
@@ -203,12 +204,12 @@ def _locked(directory: Path) -> int:
 def held(directory: Path, node: str, epoch: str) -> dedup.Intervals:
     """The positions of one stream that can be read in an archive."""
     found = dedup.Intervals()
-    for path in archive.segments(directory, node, epoch):
+    for path in (segment.path for segment in archive.segments(directory, node) if segment.epoch == epoch):
         look = archive.glance(path)
         if look is not None and _dense(look, node, epoch):
             found.cover(look.first_pos, look.first_pos + look.datums)
             continue
-        for part in archive.read([path]):
+        for part in archive.read_segment(path):
             if isinstance(part, archive.Block):
                 for block in part.split():
                     found.put(_positions(block, node, epoch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,28 @@ def test_what_waits_is_written_in_time(tmp_path: Path) -> None:
         held = [one[2] for one in kept(tmp_path)]
         assert {0: [], 1: [], 2: [0, 1, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3, 4]}[pos] == held
     into.close()
+
+
+def test_what_is_kept_never_makes_room(tmp_path: Path) -> None:
+    """On a full disk, where an agent would give up its oldest segments, a copy refuses and keeps all that was there."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "bindsnoop-test", tmp_path], check=True)
+    chance = random.Random(7)
+    try:
+        into = copying.Copy(tmp_path, flush_secs=0, now=lambda: BASE_US / 1e6)
+
+        def fill() -> None:
+            for pos in range(100):
+                day = BASE_US + pos * 86_400_000_000
+                made = batch([bind(pos, epoch=EPOCH, time=day, comm=chance.randbytes(200_000).hex())])
+                into.add(made, avro.encode(made))
+
+        with pytest.raises(SinkUnavailable, match="No space left on device"):
+            fill()
+
+        assert list(range(into.written)) == [pos for _, _, pos, _ in kept(tmp_path)]
+        assert into.written > 20
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
