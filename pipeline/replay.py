@@ -343,7 +343,7 @@ class Tally:
         self._say = say
         self._said: Counter[str] = Counter()
 
-    def found(self, part: Found, also: str = "") -> None:
+    def found(self, part: Found | Evidence, also: str = "") -> None:
         """Count what was read."""
         self.read += part.batch.num_rows
         self._progress.at(self.read, part.share, also)
@@ -426,7 +426,7 @@ def verify(
         if isinstance(part, Unread):
             tally.unread(part)
         else:
-            tally.found(Found(part.batch, part.share))
+            tally.found(part)
             verifier.add(part.batch, part.datums, part.source)
     if verifier.settle():
         for part in evidence(settings, schemas, lambda *_: None):

@@ -11,13 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "pipeline"
 
-WORDS = {"event", "errors"}
-STAGES = {"records", "enrich", "delay", "testimony", "avro", "dedup", "select", "render"}
-EDGES = {"tracer", "workloads", "archive", "sort", "spool", "topic", "registry"}
-EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry"}
 WORDS = {"event", "chain", "errors"}
-STAGES = {"records", "enrich", "delay", "testimony", "verification", "avro", "select", "render"}
-EDGES = {"tracer", "workloads", "archive", "spool", "topic", "registry", "keys"}
+STAGES = {"records", "enrich", "delay", "testimony", "verification", "avro", "dedup", "select", "render"}
+EDGES = {"tracer", "workloads", "archive", "sort", "spool", "topic", "registry", "keys"}
 AROUND = {"config", "completion", "telemetry"}
 PATHS = {"copying"}
 COMMANDS = {"agent", "replay", "live"}
