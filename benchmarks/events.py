@@ -41,7 +41,7 @@ def generate(binds: int) -> Iterator[Events]:
     random = np.random.default_rng(7)
     stream = testimony.Stream(
         NODE,
-        testimony.new_epoch(START_US // 1000, 7),
+        event.new_epoch(START_US // 1000, 7),
         boot_id="8f1d6f0e-58a2-4c11-9d53-1f5e7f0ab0c4",
         monotonic=0,
         schema=avro.ours().sha256,

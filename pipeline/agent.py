@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 _REFUSED_BYTES = 64 << 20
 """How much is kept of what a topic refuses for itself."""
 
+_CHECKPOINT_SPAN = 20_000
+"""How many records before the last one are looked through for a checkpoint, at first."""
+
+_SETTLE_TURNS = 100
+"""How often a ring is read until nothing came meanwhile, under a load that does not end."""
+
 _IDLE_SECS = 0.5
 """How often an agent looks around while nobody binds: whether it is to stop, and what its destinations want."""
 
@@ -388,6 +394,52 @@ class Ledger:
             self._gaps.append(gap)
 
 
+class Former(NamedTuple):
+    """What a former agent left: how many attempts it ``read``, and the bursts that wait in the ring, decoded.
+
+    Those that its archive has are left out. ``missing`` is how many had left the ring and are not on disk. ``counted``
+    are the tracer's counts of what an earlier epoch accounts for.
+    """
+
+    read: int
+    waiting: Sequence[tuple[pa.RecordBatch, Burst]]
+    missing: int
+    counted: Mapping[str, int] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many records wait."""
+        return sum(batch.num_rows for batch, _ in self.waiting)
+
+
+def waiting_in(tracer: Tracer, clock: Clock, last: Mapping[str, object], read: int) -> Former:
+    """Everything in the ring behind ``last``, the last record on disk, after ``read`` attempts that are on disk.
+
+    An agent that dies between the disk and the ring leaves the same records in both: the last one on disk tells how
+    many. What left the ring and is not on disk is missing from the count of those that were submitted.
+    """
+    import pyarrow.compute as pc
+
+    found: list[tuple[pa.RecordBatch, Burst]] = []
+    for _ in range(_SETTLE_TURNS):
+        submitted = tracer.counters()["submitted"]
+        while (burst := tracer.read(0)) is not None:
+            found.append((arrive(burst, clock.offset_ns()), burst))
+        if tracer.counters()["submitted"] == submitted:
+            break
+    for place, (batch, _) in enumerate(found if last["kind"] == "bind" else ()):
+        same = pc.and_(*(pc.equal(batch.column(name), last[name]) for name in ("boottime_ns", "tid")))
+        row = pc.index(same, True).as_py()
+        if row >= 0:
+            for _, burst in found[:place]:
+                tracer.release(burst)
+            found = found[place:]
+            found[0] = (batch.slice(row + 1), found[0][1])
+            break
+    former = Former(read, found, 0)
+    return former._replace(missing=max(0, submitted - read - former.rows))
+
+
 def run(
     tracer: Tracer,
     stream: testimony.Stream,
@@ -401,19 +453,26 @@ def run(
     name_delay_secs: float,
     budget_secs: float,
     start_message: str,
+    former: Former | None = None,
+    begins: bool = True,
+    ends: bool = True,
 ) -> int:
-    """Carry bursts until ``stopping``; return how many records some destination did not get in the end."""
+    """Carry bursts until ``stopping``; return how many records some destination did not get in the end.
+
+    The stream ``begins`` here with a ``start`` record, and ``ends`` with a ``stop``, or another life goes on with it.
+    """
     from pipeline import avro
     from pipeline.delay import DelayLine
 
-    read = 0
+    read = former.read if former is not None else 0
     line: DelayLine[Burst] = DelayLine(lambda name: directory.get(name) is not None, name_delay_secs)
     unnamed = Unnamed(directory)
     ledgers = [(sink, Ledger(), _undelivered_line(sink, log)) for sink in sinks]
     lost_line = Rarely(lambda count: log.error("Attempts were lost before they could be read.", attempts=count))
 
     def counters() -> Mapping[str, int]:
-        return {**tracer.counters(), "read": read}
+        counted = former.counted if former is not None else {}
+        return {name: count - counted.get(name, 0) for name, count in tracer.counters().items()} | {"read": read}
 
     def emit(numbered: pa.RecordBatch) -> None:
         batch = Batch(avro.encode(numbered), numbered.column("time"), numbered.column("pos")[0].as_py())
@@ -437,7 +496,7 @@ def run(
             emit(numbered)
             tracer.release(burst)
             unnamed.note(without)
-            read += len(burst.records)
+            read += batch.num_rows
         for container_id, workload in unnamed.named():
             emit(stream.workload(clock.now_us(), container_id, workload))
 
@@ -460,7 +519,14 @@ def run(
             lost_line.note(stream.lost_in(batch), time.monotonic())
             emit(batch)
 
-    emit(stream.start(clock.now_us(), start_message, counters()))
+    if begins:
+        emit(stream.start(clock.now_us(), start_message, counters()))
+    if former is not None:
+        if former.missing:
+            emit(stream.missing(clock.now_us(), former.missing))
+        for batch, burst in former.waiting:
+            line.put(batch, burst, time.monotonic())
+        pass_on(tracer.half_full())
     while not stopping():
         take(max_delay_secs, _IDLE_SECS)
         tick()
@@ -468,13 +534,20 @@ def run(
             declare()
             close_interval(stream.checkpoint(clock.now_us(), time.monotonic(), counters()))
 
-    # What was bound until now is in the ring, and nothing comes after it.
-    tracer.detach()
-    while take(0):
-        pass
-    pass_on(True)
-    declare()
-    close_interval(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"))
+    if ends:
+        # What was bound until now is in the ring, and nothing comes after it.
+        tracer.detach()
+        while take(0):
+            pass
+        pass_on(True)
+        declare()
+        close_interval(stream.stop(clock.now_us(), time.monotonic(), counters(), "the agent was stopped"))
+    else:
+        # The next agent goes on with what comes from here on.
+        take(0)
+        pass_on(True)
+        declare()
+        close_interval(stream.checkpoint(clock.now_us(), time.monotonic(), counters()))
     for rarely in (lost_line, *(said for _, _, said in ledgers)):
         rarely.rest()
     deadline = time.monotonic() + budget_secs
@@ -555,7 +628,7 @@ def _open_store(
     settings: config.AgentConfig, directory: Path, epoch: str, to_topic: Topic | None, log: telemetry.Log
 ) -> archive.Writer:
     """The writer, and behind it what an earlier life has left for the topic. SinkUnavailable."""
-    from pipeline import archive, spool
+    from pipeline import spool
 
     own = settings.files is None
     acknowledged = None
@@ -566,18 +639,7 @@ def _open_store(
             topic=settings.topic or "",
             last_pos=lambda segment: spool.last_position(segment, unpack),
         )
-    writer = archive.Writer(
-        directory,
-        node=settings.node,
-        epoch=epoch,
-        segment_bytes=min(settings.segment_bytes, settings.spool_bytes // 8) if own else settings.segment_bytes,
-        segment_secs=settings.segment_age,
-        keep_bytes=settings.spool_bytes if own else settings.keep_bytes,
-        keep_secs=settings.spool_age if own else settings.keep_age,
-        receipt=acknowledged,
-        spool=own,
-        now=time.time,
-    )
+    writer = _writer(settings, directory, epoch, acknowledged)
     if to_topic is not None and acknowledged is not None:
         if acknowledged.damage is not None:
             log.warn(f"{acknowledged.damage.rstrip('.')}; everything that is there is sent again.")
@@ -589,11 +651,32 @@ def _open_store(
             count = sum(waiting.last_pos - waiting.first_pos + 1 for waiting in behind)
             log.info("Records of an earlier life wait on disk and are sent first.", records=count)
         to_topic.keep(acknowledged, behind)
-        acknowledged.reached(
-            spool.Place(behind[0].epoch, behind[0].first_pos - 1) if behind else spool.Place(epoch, -1)
-        )
+        if behind:
+            acknowledged.reached(spool.Place(behind[0].epoch, behind[0].first_pos - 1))
+        else:
+            acknowledged.reached(max(acknowledged.at or spool.Place("", -1), spool.Place(epoch, -1)))
         acknowledged.tick(now=True)
     return writer
+
+
+def _writer(
+    settings: config.AgentConfig, directory: Path, epoch: str, receipt: spool.Acknowledged | None
+) -> archive.Writer:
+    from pipeline import archive
+
+    own = settings.files is None
+    return archive.Writer(
+        directory,
+        node=settings.node,
+        epoch=epoch,
+        segment_bytes=min(settings.segment_bytes, settings.spool_bytes // 8) if own else settings.segment_bytes,
+        segment_secs=settings.segment_age,
+        keep_bytes=settings.spool_bytes if own else settings.keep_bytes,
+        keep_secs=settings.spool_age if own else settings.keep_age,
+        receipt=receipt,
+        spool=own and receipt is not None,
+        now=time.time,
+    )
 
 
 def _topic_of(settings: config.AgentConfig, name: str, epoch: str, log: telemetry.Log) -> Topic:
@@ -698,6 +781,42 @@ def _unpin(settings: config.AgentConfig) -> int:
     return 0
 
 
+def former_records(directory: Path, node: str, epoch: str) -> tuple[pa.RecordBatch, pa.BinaryArray] | None:
+    """The last records of an epoch on disk, from its last checkpoint on, and what they are written as.
+
+    None when nothing of it is there, or what is there has a hole.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from pipeline import avro, spool
+
+    there = [found for found in spool.left_by_earlier_lives(directory, node, None, unpack) if found.epoch == epoch]
+    if not there:
+        return None
+    _, lowest, last = there[0]
+    span = _CHECKPOINT_SPAN
+    while True:
+        first = max(lowest, last - span)
+        backlog, at = spool.Backlog(directory, node, unpack), first
+        parts: list[spool.Part] = []
+        while at <= last:
+            part = backlog.read(epoch, at, last)
+            parts = [] if part.reason else [*parts, part]
+            at = part.last_pos + 1
+        if not parts:
+            return None
+        datums = pa.concat_arrays([part.datums for part in parts])
+        batch = avro.decode(datums.to_pylist()).batch
+        heads = pc.is_valid(pc.struct_field(batch.column("testimony"), "head")).to_numpy(zero_copy_only=False)
+        if heads.any():
+            place = int(heads.nonzero()[0][-1])
+            return batch.slice(place), datums.slice(place)
+        if first == lowest:
+            return (batch, datums) if batch.column("pos")[0].as_py() == 0 else None
+        span *= 8
+
+
 def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[], bool]) -> int:
     from pipeline.tracer import open_tracer
 
@@ -706,27 +825,89 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
         from pipeline import keys
 
         sign = keys.signer(settings.signing_key)
+    clock = Clock()
+    store = _store_of(settings)
+
+    def fresh_epoch() -> str:
+        return event.new_epoch(clock.now_us() // 1000, secrets.randbits(16))
+
+    def opened() -> Tracer:
+        return open_tracer(
+            settings.tracer,
+            ring_bytes=settings.ring_bytes,
+            exclusive=True,
+            lock_path=settings.lock,
+            # Only who knows what of a ring is on disk can take it over.
+            pins=settings.pins if store is not None else None,
+            epoch=fresh_epoch(),
+        )
+
     # Before all else: from here on the kernel keeps what is bound while the rest is loaded.
-    tracer = open_tracer(settings.tracer, ring_bytes=settings.ring_bytes, exclusive=True, lock_path=settings.lock)
+    tracer = opened()
     sources: Sequence[Source] = ()
     try:
         from pipeline import avro, testimony, workloads
 
         # Messages come and go by the thousand and are never part of a cycle; nothing is gained by looking for one.
         gc.set_threshold(200_000, 50, 50)
-        clock = Clock()
-        epoch = testimony.new_epoch(clock.now_us() // 1000, secrets.randbits(16))
-        stream = testimony.Stream(
-            settings.node,
-            epoch,
-            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
-            monotonic=time.monotonic(),
-            schema=avro.ours().sha256,
-            sign=sign,
-            checkpoint_records=settings.checkpoint_records,
-            checkpoint_secs=settings.checkpoint_age,
-        )
-        sinks = sinks_of(settings, epoch, log)
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+        def stream_of(epoch: str) -> testimony.Stream:
+            return testimony.Stream(
+                settings.node,
+                epoch,
+                boot_id=boot_id,
+                monotonic=time.monotonic(),
+                schema=avro.ours().sha256,
+                sign=sign,
+                checkpoint_records=settings.checkpoint_records,
+                checkpoint_secs=settings.checkpoint_age,
+            )
+
+        def taken_up(old: Tracer) -> tuple[testimony.Stream, Former | None]:
+            """The stream that goes on with what ``old`` has recorded; None when nobody can say where it was."""
+            stream = stream_of(old.epoch)
+            assert store is not None
+            try:
+                found = _recovered(store, settings, old.epoch)
+            except LookupError:
+                # Its agent died before it wrote anything: if it had read nothing either, the epoch begins only now.
+                return stream, waiting_in(old, clock, {"kind": ""}, 0)
+            if found is None:
+                return stream, None
+            batch, datums = found
+            try:
+                read = stream.resume(batch, datums)
+            except ValueError:
+                return stream, None
+            return stream, waiting_in(old, clock, batch.slice(batch.num_rows - 1).to_pylist()[0], read)
+
+        def read_out(old: Tracer, stream: testimony.Stream, former: Former | None) -> None:
+            begins = stream.next_pos == 0
+            if former is None or former.missing:
+                begins = True
+                # The same positions must not be given twice, and nobody knows which were.
+                missing = former.missing if former is not None else 0
+                stream = stream_of(fresh_epoch())
+                former = former or waiting_in(old, clock, {"kind": ""}, 0)
+                counts = old.counters()
+                lost = sum(count for name, count in counts.items() if name.startswith(testimony.LOST))
+                rest = lost + counts["faulted"] + former.rows
+                counted = {"attempted": counts["attempted"] - rest, "submitted": counts["submitted"] - former.rows}
+                former = former._replace(read=0, missing=missing, counted=counted)
+            _read_out(old, stream, former, settings, clock, log, begins=begins)
+
+        former: Former | None = None
+        for old in tracer.before:
+            read_out(old, *taken_up(old))
+        if tracer.resumed:
+            stream, former = taken_up(tracer)
+            if former is None or former.missing:
+                read_out(tracer, stream, former)
+                tracer, former = opened(), None
+        if former is None:
+            stream = stream_of(tracer.epoch)
+        sinks = sinks_of(settings, stream.epoch, log)
         directory = workloads.Directory()
         sources = workloads.open_sources(
             settings.workloads,
@@ -741,10 +922,12 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
         log.info(
             message,
             node=settings.node,
-            epoch=epoch,
+            epoch=stream.epoch,
             to=", ".join(sink.name for sink in sinks),
             names=", ".join(source.name for source in sources) or "none",
         )
+        if former is not None and stream.next_pos:
+            log.info("The epoch of a former agent goes on.", from_pos=stream.next_pos, waited_in_the_ring=former.rows)
         left = run(
             tracer,
             stream,
@@ -757,6 +940,9 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
             name_delay_secs=settings.name_delay if sources else 0.0,
             budget_secs=settings.shutdown,
             start_message=message,
+            former=former,
+            begins=stream.next_pos == 0,
+            ends=not tracer.pinned,
         )
         log.info("The agent has stopped.", records=stream.next_pos, undelivered=left)
         return 3 if left else 0
@@ -764,3 +950,57 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
         tracer.close()
         for source in sources:
             source.close()
+
+
+def _recovered(store: Path, settings: config.AgentConfig, epoch: str) -> tuple[pa.RecordBatch, pa.BinaryArray] | None:
+    """``former_records`` of an archive whose last file was cut to its last whole block; None while the disk refuses.
+
+    LookupError when it has no file of this epoch.
+    """
+    from pipeline import archive
+
+    try:
+        archive.Writer(store, node=settings.node, epoch=epoch, now=time.time)
+        if not any(segment.epoch == epoch for segment in archive.segments(store, settings.node)):
+            raise LookupError(epoch)
+        return former_records(store, settings.node, epoch)
+    except (SinkUnavailable, OSError):
+        return None
+
+
+def _read_out(
+    old: Tracer,
+    stream: testimony.Stream,
+    former: Former | None,
+    settings: config.AgentConfig,
+    clock: Clock,
+    log: telemetry.Log,
+    *,
+    begins: bool,
+) -> None:
+    """Writes what a tracer of a former agent has recorded to disk, and ends it; the topic gets it from there."""
+    from pipeline.workloads import Directory
+
+    store = _store_of(settings)
+    assert store is not None
+    log.info("What a former agent's tracer has recorded is read out.", tracer=old.name, epoch=stream.epoch)
+    if former is not None and former.missing:
+        log.error("Records had left the ring and are not on disk.", records=former.missing)
+    files = Files(lambda: _writer(settings, store, stream.epoch, None), store, settings.queue_bytes, log, spool=True)
+    old.detach()
+    run(
+        old,
+        stream,
+        [files],
+        directory=Directory(),
+        clock=clock,
+        log=log,
+        stopping=lambda: True,
+        max_delay_secs=0.0,
+        name_delay_secs=0.0,
+        budget_secs=0.0,
+        start_message=start_message(old),
+        former=former,
+        begins=begins,
+    )
+    old.close()

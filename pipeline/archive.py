@@ -741,6 +741,23 @@ def read_segment(path: Path, start: int = 0) -> Iterator[Block | Unread]:
     return _read_file(path, start)
 
 
+def block_offsets(path: Path) -> tuple[list[int], bool]:
+    """Where the blocks of a file begin, by their headers alone, and whether that is all there is of it."""
+    file = _File(path)
+    offsets: list[int] = []
+    try:
+        at = _read_head(path, file).end
+        while at < file.size:
+            _, _, end = _frame(file, at)
+            offsets.append(at)
+            at = end + 16
+    except (DatumDamaged, IndexError):
+        return offsets, False
+    finally:
+        file.close()
+    return offsets, True
+
+
 class _File:
     """Reads a file by pieces of a MiB. Not by mmap: a writer that cuts its file would kill the reader."""
 

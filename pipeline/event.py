@@ -116,6 +116,11 @@ def error_name(number: int) -> str | None:
 _PLAIN = re.compile(rb"[ !-\[\]-~]*")
 
 
+def new_epoch(milliseconds: int, random16: int) -> str:
+    """16 hexadecimal digits: 48 bits of milliseconds since 1970 and 16 random bits, so that epochs sort by time."""
+    return f"{milliseconds & (1 << 48) - 1:012x}{random16 & 0xFFFF:04x}"
+
+
 def printable(raw: bytes) -> str:
     """Bytes that a process chose, as text that no terminal, line or parser can trip over; reversible.
 

@@ -84,7 +84,7 @@ def _main(settings: config.LiveConfig) -> int:
         )
         stream = testimony.Stream(
             settings.node,
-            testimony.new_epoch(time.time_ns() // 1_000_000, os.getpid()),
+            event.new_epoch(time.time_ns() // 1_000_000, os.getpid()),
             boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
             monotonic=time.monotonic(),
         )

@@ -263,8 +263,24 @@ class Backlog:
         while self._unopened and self._unopened[0].first_pos <= first:
             path = self._unopened.pop(0).path
             empty = pa.array([], pa.binary())
-            blocks = archive.read_segment(path, self._offsets.get(_stem(path), 0))
+            start = self._offsets.get(_stem(path))
+            blocks = archive.read_segment(path, self._place_of(path, first) if start is None else start)
             self._sources.append(_Source(path, blocks, np.empty(0, np.int64), empty))
+
+    def _place_of(self, path: Path, first: int) -> int:
+        """Offset of the last block that does not begin behind ``first``, as far as blocks can be read."""
+        with contextlib.suppress(OSError, DatumDamaged, SchemaRefused, StopIteration):
+            offsets, _ = archive.block_offsets(path)
+            low, high = 0, len(offsets)
+            while high - low > 1:
+                middle = (low + high) // 2
+                block = next(item for item in archive.read_segment(path, offsets[middle]))
+                if not isinstance(block, archive.Block):
+                    break
+                positions, _ = self._unpack(block.split()[0])
+                low, high = (middle, high) if positions[0] <= first else (low, middle)
+            return offsets[low] if offsets else 0
+        return 0
 
     def _fill(self, first: int) -> None:
         """Reads on where nothing from ``first`` on is left, and drops what has ended."""
@@ -298,9 +314,11 @@ def _stem(path: Path) -> str:
 def last_position(segment: archive.SegmentFile, unpack: Unpack) -> int:
     """The last position in a segment that can be read; one before its first when there is none."""
     last = None
-    for item in archive.read_segment(segment.path):
-        if isinstance(item, archive.Block):
-            last = item
+    with contextlib.suppress(OSError):
+        offsets, whole = archive.block_offsets(segment.path)
+        for item in archive.read_segment(segment.path, offsets[-1] if whole and offsets else 0):
+            if isinstance(item, archive.Block):
+                last = item
     for block in reversed(last.split() if last is not None else []):
         with contextlib.suppress(DatumDamaged, SchemaRefused):
             return int(unpack(block)[0][-1])

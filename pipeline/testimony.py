@@ -32,11 +32,6 @@ LOST = "lost_"
 """Counters of the tracer that begin so are attempts that it saw and could not record, by cause."""
 
 
-def new_epoch(milliseconds: int, random16: int) -> str:
-    """16 hexadecimal digits: 48 bits of milliseconds since 1970 and 16 random bits, so that epochs sort by time."""
-    return f"{milliseconds & (1 << 48) - 1:012x}{random16 & 0xFFFF:04x}"
-
-
 class Stream:
     """One epoch of one node: gives ``pos``, and writes the stream's own records into the same row.
 
@@ -75,6 +70,30 @@ class Stream:
         self._head = chain.first_head(node, epoch, boot_id, schema)
         self._digest = hashlib.sha256()
         self._sealed_pos = 0
+
+    def resume(self, records: pa.RecordBatch, datums: pa.BinaryArray) -> int:
+        """Go on where an earlier life of this epoch ended; gives how many attempts of it were read from the ring.
+
+        ``records`` are its last ones, in order and without a hole, and ``datums`` what they were written as. The first
+        of them is the last that has a ``head``, or the first of the epoch when none has. ValueError when it is neither.
+        """
+        rows = records.select(["kind", "pos", "testimony"]).to_pylist()
+        first, told = rows[0]["pos"], rows[0]["testimony"] or {}
+        counts = dict(told.get("counts") or {})
+        if told.get("head"):
+            self._head = bytes.fromhex(told["head"])
+            self._declared = {name: count for name, count in counts.items() if name.startswith(LOST)}
+        elif first:
+            raise ValueError(f"record {first} is neither a checkpoint nor the first of its epoch")
+        self._first_pos, self._sealed_pos, self.next_pos = first, first, rows[-1]["pos"] + 1
+        self.sealed(datums)
+        for row in rows[1:]:
+            # A loss that was declared, and no checkpoint behind it.
+            if row["kind"] == "loss" and row["testimony"]["last_pos"] is None:
+                for cause, count in row["testimony"]["counts"]:
+                    self._declared[LOST + cause] = self._declared.get(LOST + cause, 0) + count
+        self._attempts = sum(row["kind"] == "bind" for row in rows)
+        return int(counts.get("read", 0)) + self._attempts
 
     def number(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Give each row its node, epoch and pos; columns that the batch lacks are filled with their default."""
@@ -169,6 +188,12 @@ class Stream:
             last_pos=last_pos,
             counts={"undelivered": count},
         )
+
+    def missing(self, now_us: int, count: int) -> pa.RecordBatch:
+        """A ``loss`` record: so many attempts left the ring in a life before, in an epoch that did not end, and are not
+        on disk."""
+        message = f"lost {count} samples: a former agent had read them, and they are not on its disk"
+        return self._own("loss", "warn", now_us, message, counts={"killed": count})
 
     def workload(self, now_us: int, container_id: str, workload: event.Workload) -> pa.RecordBatch:
         """A ``workload`` record: the container whose events before this one have its id alone is called so."""

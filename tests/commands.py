@@ -74,7 +74,8 @@ def agent_running(
 ) -> Iterator[Agent]:
     """``bindsnoop-agent``, attached when the block begins, ended by SIGTERM when it ends.
 
-    Each has a lock and a spool of its own, for the test's agents are no neighbours of an agent that serves this host.
+    Each has a lock and a spool of its own and pins nothing, for the test's agents are no neighbours of an agent that
+    serves this host.
     """
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "said")
@@ -82,7 +83,7 @@ def agent_running(
             process = subprocess.Popen(
                 [bin / "bindsnoop-agent", "--node", node, "--lock", str(lock or Path(folder, "lock")), *arguments],
                 stderr=talk, stdout=subprocess.DEVNULL, cwd=cwd,
-                env=environment(**{"BINDSNOOP_SPOOL": str(Path(folder, "spool"))} | extra),
+                env=environment(**{"BINDSNOOP_SPOOL": str(Path(folder, "spool")), "BINDSNOOP_PINS": "none"} | extra),
             )  # fmt: skip
         agent = Agent(process, said)
         try:

@@ -60,7 +60,7 @@ def test_images_are_pinned(composed: dict[str, Any]) -> None:
 
 
 def test_agent_has_the_least_rights(composed: dict[str, Any]) -> None:
-    """Three capabilities, never privileged, never SYS_ADMIN; nothing of the host can be written, and one volume."""
+    """Three capabilities, never privileged, never SYS_ADMIN; only the spool and the bpffs can be written."""
     agent = composed["services"]["agent"]
 
     assert agent["cap_drop"] == ["ALL"]
@@ -68,7 +68,9 @@ def test_agent_has_the_least_rights(composed: dict[str, Any]) -> None:
     assert not agent.get("privileged", False)
     assert agent["read_only"]
     writable = [volume for volume in agent["volumes"] if not volume.get("read_only")]
-    assert [("volume", "/var/lib/bindsnoop")] == [(volume["type"], volume["target"]) for volume in writable]
+    assert {("volume", "/var/lib/bindsnoop"), ("bind", "/sys/fs/bpf")} == {
+        (volume["type"], volume["target"]) for volume in writable
+    }
     assert {"/sys/kernel/tracing", "/sys/fs/cgroup"} <= {volume["target"] for volume in agent["volumes"]}
 
 

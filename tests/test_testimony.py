@@ -228,7 +228,7 @@ def test_what_a_destination_did_not_get_is_declared_with_its_range() -> None:
 
 def test_epochs_sort_by_time() -> None:
     """An epoch is 16 hexadecimal digits, the milliseconds first."""
-    early, late = testimony.new_epoch(1_700_000_000_000, 0xFFFF), testimony.new_epoch(1_700_000_000_001, 0)
+    early, late = event.new_epoch(1_700_000_000_000, 0xFFFF), event.new_epoch(1_700_000_000_001, 0)
 
     assert (16, 16) == (len(early), len(late))
     assert early < late

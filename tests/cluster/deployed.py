@@ -48,7 +48,8 @@ def _write_overlay(overlay: Path, cluster: Cluster, kafka: Kafka, topic: str, mo
     Kafka and the API server of a test listen on 127.0.0.1 alone, which a pod reaches from the host's network; and this
     cluster has no kube-proxy, which would lead from a service's address to them.
     """
-    arguments = [f"--topic={topic}", f"--bootstrap-servers={kafka.bootstrap}", "--create-topic", *more]
+    # A bpffs of this host would keep the tracer when the cluster has gone.
+    arguments = [f"--topic={topic}", f"--bootstrap-servers={kafka.bootstrap}", "--create-topic", "--pins=none", *more]
     environment = [
         {"name": "KUBERNETES_SERVICE_HOST", "value": "127.0.0.1"},
         {"name": "KUBERNETES_SERVICE_PORT", "value": str(cluster.api.port)},

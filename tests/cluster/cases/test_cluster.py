@@ -337,7 +337,7 @@ def test_the_documented_session_shows_the_documented_rows(cluster: Cluster, agen
 
 
 def test_the_manifests_are_as_closed_as_they_say(cluster: Cluster) -> None:
-    """As they are published: no namespace of the host, nothing privileged; memory and the spool can be written."""
+    """As they are published: no namespace of the host, nothing privileged; what can be written is known."""
     objects = list(yaml.safe_load_all(cluster.api.kubectl("kustomize", str(deployed.MANIFESTS))))
     (pod,) = (one["spec"]["template"]["spec"] for one in objects if one["kind"] == "DaemonSet")
     (container,) = pod["containers"]
@@ -353,9 +353,10 @@ def test_the_manifests_are_as_closed_as_they_say(cluster: Cluster) -> None:
     assert {"type": "RuntimeDefault"} == pod["securityContext"]["seccompProfile"]
     writable = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert {"run": "/run", "spool": "/var/lib/bindsnoop"} == writable
+    assert {"run": "/run", "spool": "/var/lib/bindsnoop", "bpf": "/sys/fs/bpf"} == writable
     assert "Memory" == volumes["run"]["emptyDir"]["medium"]
     assert {"path": "/var/lib/bindsnoop", "type": "DirectoryOrCreate"} == volumes["spool"]["hostPath"]
+    assert {"path": "/sys/fs/bpf", "type": "Directory"} == volumes["bpf"]["hostPath"]
 
 
 def test_the_api_server_takes_the_manifests_as_they_are(cluster: Cluster) -> None:
