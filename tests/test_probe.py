@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import TIERS, coverage, host, open_tracer
+from pipeline.tracer import TIERS, coverage, host, libbpf, open_tracer, probe
 from tests.commands import BIN, agent_running, environment, replay, run, until
 from tests.kernel.plugin import build
 
@@ -145,6 +145,24 @@ def test_whether_a_restart_is_blind_is_found_by_pinning(place: Path) -> None:
         if name != "bcc":
             assert "blind until the next agent has started: /proc/x is in no bpffs; mount" in elsewhere[name]["restart"]
             assert never[name]["restart"].endswith("nothing is to be pinned (--pins none)")
+    assert list(place.iterdir()) == []
+
+
+def test_a_kernel_that_pins_no_links_is_found_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel answers when a link is pinned is the reason that is given, whatever version it is."""
+    real = libbpf._pin
+
+    def refuse(descriptor: int, path: Path) -> None:
+        with Path(os.devnull).open("rb") as nothing:
+            real(nothing.fileno() if path.name.startswith("link_") else descriptor, path)
+
+    monkeypatch.setattr(libbpf, "_pin", refuse)
+    for found in probe.report(place=place).findings:
+        if found.works and found.tier != "bcc":
+            assert found.restart is not None
+            assert found.restart.startswith(
+                "blind until the next agent has started: the kernel does not pin a link as "
+            )
     assert list(place.iterdir()) == []
 
 
