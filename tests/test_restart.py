@@ -161,6 +161,9 @@ def test_kill_9_under_load(tmp_path: Path, pins: Path) -> None:
     assert counts["attempted"] == counts["read"] + lost + counts["faulted"]
     assert counts["read"] == sum(event["kind"] == "bind" for event in found)
     assert there[-1] - there[0] + 1 - len(there) <= lost
+    verified = replay("--files", tmp_path, "--verify", "-o", "json")
+    assert (4 if lost else 0) == verified.code
+    assert len(found) - 1 == json.loads(verified.out)["proven"]
 
 
 def test_a_topic_after_kill_9(tmp_path: Path, pins: Path, topic: str) -> None:
