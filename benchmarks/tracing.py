@@ -104,7 +104,10 @@ def agent(*arguments: object, cpu: int | None = None) -> Iterator[Agent]:
         with (
             talk.open("wb") as said,
             subprocess.Popen(
-                list(map(str, command)), env=environment(), stdout=subprocess.DEVNULL, stderr=said
+                list(map(str, command)),
+                env=environment(BINDSNOOP_SPOOL=str(Path(folder, "spool")), BINDSNOOP_PINS="none"),
+                stdout=subprocess.DEVNULL,
+                stderr=said,
             ) as process,
         ):
             running = Agent(process, talk)

@@ -100,9 +100,11 @@ def main() -> None:
         if kafka:
             where = ["--topic", "binds", "--bootstrap-servers", os.environ["BOOTSTRAP"]]
             where += ["--schema-registry", os.environ["REGISTRY"]]
-            extra = ["--create-topic", "--register-schema"]
+            extra = ["--create-topic", "--register-schema", "--spool", f"{folder}/spool"]
         else:
             where, extra = ["--files", f"{folder}/binds"], []
+        # Nothing of a demonstration is to outlive it.
+        extra += ["--pins", "none"]
         say("bindsnoop-agent " + " ".join([*where, *extra]))
         agent = subprocess.Popen(
             [HERE / "bindsnoop-agent", "--node", "demo", *where, *extra], stderr=subprocess.PIPE, text=True
@@ -127,6 +129,7 @@ def main() -> None:
         replay(*where, "-i=false")
         replay(*where, "-i=false", "-o", "json")
         replay(*where, "-i=false", "-P", str(WEB), "-o", "custom-columns=time,comm,pid,addr,port,error")
+        replay(*where, "--verify")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kafka_too", [False, True], ids=["files", "kafka"])
 def test_demo(kafka: Kafka, registry: Registry, kafka_too: bool) -> None:
-    """Six binds are made and shown as columns, as JSON, and by port with their errors."""
+    """Six binds are made and shown as columns, as JSON, and by port with their errors; nothing is missing."""
     servers = {"BOOTSTRAP": kafka.bootstrap, "REGISTRY": registry.url}
 
     done = subprocess.run(
@@ -41,6 +41,8 @@ def test_demo(kafka: Kafka, registry: Registry, kafka_too: bool) -> None:
     assert shown["rpc-worker"][1] is None
     columns = [line for line in lines if line.startswith("demo ")]
     assert {line.split()[2] for line in columns} >= {*EXPECTED, "rpc-worker"}
-    by_port = lines[-2:]
+    at = next(place for place, line in enumerate(lines) if line.startswith("TIME"))
+    by_port = lines[at + 1 : at + 3]
     assert [line.split()[1] for line in by_port] == ["web-server", "latecomer"]
     assert by_port[1].endswith("EADDRINUSE")
+    assert ["demo", "complete"] == [lines[-1].split()[0], lines[-1].split()[2]]
