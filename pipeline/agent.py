@@ -510,8 +510,11 @@ def run(
             for gap in ledger.take():
                 ledger.declared(gap, stream.next_pos)
                 said.note(gap.last_pos - gap.first_pos + 1, time.monotonic())
-                cause = f"{gap.cause} (of epoch {gap.epoch})" if gap.epoch else gap.cause
-                emit(stream.undelivered(clock.now_us(), sink.name, cause, gap.first_pos, gap.last_pos))
+                emit(
+                    stream.undelivered(
+                        clock.now_us(), sink.name, gap.cause, gap.first_pos, gap.last_pos, epoch=gap.epoch
+                    )
+                )
             sink.declared()
 
     def close_interval(batches: Iterable[pa.RecordBatch]) -> None:

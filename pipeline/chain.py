@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,20 @@ def signed_text(schema: str, record: Mapping[str, Any]) -> bytes:
         own["head"],
         record["message"],
     )
+
+
+def about(epoch: str) -> str:
+    """The end of the message of a ``loss`` record whose positions are another epoch's; empty for its own, "".
+
+    The schema has no field for it: a former agent's records are rarely lost.
+    """
+    return f" (of epoch {epoch})" if epoch else ""
+
+
+def epoch_of(message: str) -> str | None:
+    """The other epoch that a ``loss`` record speaks of; None when it is its own."""
+    found = re.search(r" \(of epoch ([0-9a-f]{16})\)$", message)
+    return found[1] if found else None
 
 
 def _json(*values: object) -> bytes:

@@ -176,14 +176,17 @@ class Stream:
         losses = [record["counts"] for kind, record in zip(kinds, own, strict=True) if kind == "loss"]
         return sum(count for counts in losses for _, count in counts)
 
-    def undelivered(self, now_us: int, what: str, cause: str, first_pos: int, last_pos: int) -> pa.RecordBatch:
-        """A ``loss`` record: the records ``first_pos`` to ``last_pos`` did not reach the destination ``what``."""
+    def undelivered(
+        self, now_us: int, what: str, cause: str, first_pos: int, last_pos: int, epoch: str = ""
+    ) -> pa.RecordBatch:
+        """A ``loss`` record: the records ``first_pos`` to ``last_pos`` did not reach the destination ``what``; those of
+        another ``epoch`` where one is named."""
         count = last_pos - first_pos + 1
         return self._own(
             "loss",
             "warn",
             now_us,
-            f"{what} did not get {count} records, {first_pos} to {last_pos}: {cause}",
+            f"{what} did not get {count} records, {first_pos} to {last_pos}: {cause}{chain.about(epoch)}",
             first_pos=first_pos,
             last_pos=last_pos,
             counts={"undelivered": count},

@@ -258,7 +258,6 @@ class _Epoch:
     ends: dict[int, _Lane] = field(default_factory=dict)
     proven: _Spans = field(default_factory=_Spans)
     forgeries: list[Forgery] = field(default_factory=list)
-    declared: list[tuple[int, int, str]] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
     newest: tuple[int, str | None, int | None] = (-1, None, None)
     """Of the last checkpoint: its position, head, and counter of attempts."""
@@ -349,6 +348,7 @@ class Verifier:
         self._since_us = since_us
         self._until_us = until_us
         self._epochs: dict[tuple[str, str], _Epoch] = {}
+        self._declared: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         self._notes: list[_Note] = []
         self._quiet = False
         # Nobody can make two records with one hash that they cannot compute.
@@ -414,8 +414,13 @@ class Verifier:
                 if told["first_pos"] is None:
                     if not self._before(record["time"]) and not self._past(record["time"]):
                         epoch.lost.update({name: count for name, count in told["counts"] if count > 0})
-                elif told["last_pos"] is not None and len(epoch.declared) < MAX_NOTED:
-                    epoch.declared.append((told["first_pos"], told["last_pos"], record["message"] or ""))
+                elif told["last_pos"] is not None:
+                    message = record["message"] or ""
+                    whose = (epoch.node, chain.epoch_of(message) or epoch.name)
+                    if whose in self._declared or len(self._declared) < MAX_EPOCHS:
+                        declared = self._declared.setdefault(whose, [])
+                        if len(declared) < MAX_NOTED:
+                            declared.append((told["first_pos"], told["last_pos"], message))
             if kind not in ("checkpoint", "stop"):
                 continue
             if kind == "stop":
@@ -672,7 +677,6 @@ class Verifier:
             epoch.forged(first, behind - 1, "there are two records that differ")
         if 0 < epoch.without < epoch.closings:
             epoch.forged(0, last, f"{epoch.without} of {epoch.closings} checkpoints have no digest")
-        epoch.declared.sort()
         gaps = [gap for hole in _holes(seen) for gap in self._explained(epoch, *hole)]
         missing = Counter[Why]()
         for gap in gaps:
@@ -703,7 +707,7 @@ class Verifier:
     def _explained(self, epoch: _Epoch, low: int, high: int) -> Iterator[Gap]:
         """A hole as gaps: what the stream declares, and between that what else is known."""
         at = low
-        for first, last, message in epoch.declared:
+        for first, last, message in sorted(self._declared.get((epoch.node, epoch.name), ())):
             if last < at or first >= high:
                 continue
             if first > at:

@@ -459,6 +459,20 @@ def test_a_declared_loss_of_records(tmp_path: Path) -> None:
         assert ("complete", 0) == (found["state"], found["code"])
 
 
+def test_a_loss_that_the_next_epoch_declares(tmp_path: Path) -> None:
+    """Records of a former agent that the topic did not get are declared by the one that was to send them."""
+    rows = recorded()
+    stream = testimony.Stream(NODE, "f" * 16, boot_id=BOOT, monotonic=0, schema=SCHEMA)
+    told = stream.undelivered(stored.BASE_US, "topic binds", "the spool was full", 5, 9, epoch=EPOCH)
+    later = written(tmp_path / "later", told.to_pylist())
+    holed = written(tmp_path / "holed", rows[:5] + rows[10:])
+
+    found = {verdict["epoch"]: verdict for verdict in verified(holed, later)[1]}
+
+    assert [(5, 9, "declared")] == [(gap["first_pos"], gap["last_pos"], gap["why"]) for gap in found[EPOCH]["gaps"]]
+    assert "undeclared loss" == only(verified(holed))["state"]
+
+
 def test_more_is_missing_than_was_declared(tmp_path: Path) -> None:
     """A hole is divided: what a record declares, and what none does."""
     rows = recorded(undelivered=(5, 9))
