@@ -103,6 +103,21 @@ def test_commands_of_the_readme_are_allowed(command: config.Command, words: list
     config.parse(command, words, {"HOME": str(tmp_path)}, system_file=tmp_path / "none")
 
 
+def test_promises_are_held_by_tests_that_exist() -> None:
+    """docs/promises.md names eight promises, and for each of them tests that are there."""
+    text = (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0-9]+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held) for _, _, held in rows]
+
+    assert [str(number) for number in range(1, 9)] == [number for number, _, _ in rows]
+    assert all(named)
+    assert set() == {
+        f"{path}::{name}"
+        for path, name in (one for held in named for one in held)
+        if f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8")
+    }
+
+
 def test_readme_names_only_what_exists() -> None:
     """Every flag, make target and file that the README mentions exists."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
