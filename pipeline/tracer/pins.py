@@ -179,5 +179,5 @@ def remove_all(path: Path, unread: Callable[[Folder], str]) -> list[str]:
     except OSError as error:
         raise TracerUnavailable(f"the pins below {path} cannot be removed ({error.strerror})") from error
     if probes:
-        host.remove_return_probes(probes, wait_secs=2.0)
+        host.remove_return_probes(probes, wait_secs=30.0)
     return said
