@@ -956,14 +956,16 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
 
 
 def _recovered(store: Path, settings: config.AgentConfig, epoch: str) -> tuple[pa.RecordBatch, pa.BinaryArray] | None:
-    """``former_records`` of an archive whose last file was cut to its last whole block; None while the disk refuses.
+    """``former_records`` of an archive whose last file is cut to its last whole block; None when it cannot be read.
 
     LookupError when it has no file of this epoch.
     """
     from pipeline import archive
 
-    try:
+    with contextlib.suppress(SinkUnavailable):
+        # A disk that refuses to be written may still be read; what follows there waits in memory.
         archive.Writer(store, node=settings.node, epoch=epoch, now=time.time)
+    try:
         if not any(segment.epoch == epoch for segment in archive.segments(store, settings.node)):
             raise LookupError(epoch)
         return former_records(store, settings.node, epoch)

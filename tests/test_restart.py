@@ -272,6 +272,31 @@ def test_what_a_disk_refused_before_the_kill(pins: Path) -> None:
     assert "had left the ring" in agent.talk
 
 
+def test_a_disk_that_is_read_only_at_the_start(pins: Path, kafka: Kafka, topic: str) -> None:
+    """What is on it is read, so the epoch goes on, with what waited in the ring; the topic gets it from memory, and the
+    disk when it can be written again."""
+    where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
+    with _small_disk() as disk:
+        agent_of = [*where, "--create-topic", "--pins", str(pins), "--spool", str(disk / "spool")]
+        with agent_running(*agent_of) as agent:
+            bind(1)
+            until(lambda: _last(where) == 1)
+            kill(agent)
+        bind(2)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with agent_running(*agent_of) as agent:
+            bind(3)
+            until(lambda: _last(where) == 3)
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            bind(4)
+            until(lambda: "can be written again" in agent.talk)
+
+    found = events(*where)
+    assert [1, 2, 3, 4] == sorted(numbers(found, os.getpid()))
+    assert 1 == len({event["epoch"] for event in found})
+    assert 0 == replay(*where, "--verify").code
+
+
 @contextlib.contextmanager
 def _small_disk() -> Iterator[Path]:
     import tempfile
