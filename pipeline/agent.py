@@ -831,10 +831,14 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
     clock = Clock()
     store = _store_of(settings)
 
-    def fresh_epoch() -> str:
-        return event.new_epoch(clock.now_us() // 1000, secrets.randbits(16))
+    asked_ms = 0
 
-    def opened() -> Tracer:
+    def fresh_epoch(earlier_ms: int = 0) -> str:
+        return event.new_epoch(asked_ms - earlier_ms, secrets.randbits(16))
+
+    def opened(*, resume: bool = True) -> Tracer:
+        nonlocal asked_ms
+        asked_ms = clock.now_us() // 1000
         return open_tracer(
             settings.tracer,
             ring_bytes=settings.ring_bytes,
@@ -843,6 +847,7 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
             # Only who knows what of a ring is on disk can take it over.
             pins=settings.pins if store is not None else None,
             epoch=fresh_epoch(),
+            resume=resume,
         )
 
     # Before all else: from here on the kernel keeps what is bound while the rest is loaded.
@@ -891,7 +896,8 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
                 begins = True
                 # The same positions must not be given twice, and nobody knows which were.
                 missing = former.missing if former is not None else 0
-                stream = stream_of(fresh_epoch())
+                # And epochs sort by time: this one comes before that of the tracer that takes over.
+                stream = stream_of(fresh_epoch(len(tracer.before) - list(tracer.before).index(old)))
                 former = former or waiting_in(old, clock, {"kind": ""}, 0)
                 counts = old.counters()
                 lost = sum(count for name, count in counts.items() if name.startswith(testimony.LOST))
@@ -906,8 +912,11 @@ def _main(settings: config.AgentConfig, log: telemetry.Log, stopping: Callable[[
         if tracer.resumed:
             stream, former = taken_up(tracer)
             if former is None or former.missing:
-                read_out(tracer, stream, former)
-                tracer, former = opened(), None
+                # Another one begins before this one ends, so that no bind falls between them.
+                tracer.close()
+                tracer, former = opened(resume=False), None
+                for old in tracer.before:
+                    read_out(old, *taken_up(old))
         if former is None:
             stream = stream_of(tracer.epoch)
         sinks = sinks_of(settings, stream.epoch, log)

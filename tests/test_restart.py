@@ -240,6 +240,24 @@ def test_a_ring_whose_archive_is_gone(tmp_path: Path, pins: Path) -> None:
     assert stop["read"] == sum(event["kind"] == "bind" and event["epoch"] == found[0]["epoch"] for event in found)
 
 
+def test_no_bind_falls_between_a_ring_that_ends_and_the_next(tmp_path: Path, pins: Path) -> None:
+    """Also where nobody can go on in the epoch, the next tracer sees what the one before it did not."""
+    where = ["--pins", str(pins), "--files"]
+    with agent_running(*where, str(tmp_path / "first")) as agent, binding() as process:
+        assert process.stdout
+        process.stdout.readline()
+        kill(agent)
+        with agent_running(*where, str(tmp_path / "second")):
+            for _ in range(5):
+                process.stdout.readline()
+
+    found = events("--files", tmp_path / "second")
+    there = numbers(found, process.pid)
+    assert 2 == len({event["epoch"] for event in found})
+    assert list(range(there[0], there[-1] + 1)) == there
+    assert [["killed"]] == [list(event["testimony"]["counts"]) for event in found if event["kind"] == "loss"]
+
+
 def test_what_a_disk_refused_before_the_kill(pins: Path) -> None:
     """Records that had left the ring and were in memory alone are declared, and no position is given twice."""
     with _small_disk() as disk:

@@ -149,6 +149,7 @@ def open_tracer(
     lock_path: Path = LOCK_PATH,
     pins: Path | None = None,
     epoch: str | None = None,
+    resume: bool = True,
 ) -> Tracer:
     """Starts to trace: loads and attaches the programs of ``tier``, or for ``auto`` of the first that attaches.
 
@@ -157,7 +158,8 @@ def open_tracer(
 
     ``pins`` is a folder of a bpffs. What is pinned there by the same programs for the same settings goes on as it is;
     what others left there is ended, and is ``Tracer.before``. Else a new tracer is pinned there, as ``epoch`` (16 hex
-    digits); where that is not possible ``notes`` says why. One process at a time has such a folder.
+    digits); where that is not possible ``notes`` says why. One process at a time has such a folder. Without ``resume``
+    nothing goes on: all that is pinned there is ended when a new one has begun.
 
     ``wanted`` restricts what the kernel reports. UsageError when an argument is not what is allowed,
     TracerUnavailable when the kernel or the machine does not let us; its sentence says what is missing.
@@ -190,7 +192,7 @@ def open_tracer(
             opened = _first_that_opens(tiers, settings)
             opened.epoch = epoch or ""
         else:
-            opened = _open_pinned(tiers, settings, pins, epoch or "", held)
+            opened = _open_pinned(tiers, settings, pins, epoch or "", held, resume=resume)
         opened.held.push(held.pop_all())
         return opened
 
@@ -235,7 +237,7 @@ def _first_that_opens(
 
 
 def _open_pinned(
-    tiers: Sequence[str], settings: _Settings, path: Path, epoch: str, held: contextlib.ExitStack
+    tiers: Sequence[str], settings: _Settings, path: Path, epoch: str, held: contextlib.ExitStack, *, resume: bool
 ) -> _Opened:
     """What is pinned below ``path`` goes on, or something new that is then pinned there."""
     from pipeline.tracer import libbpf, pins
@@ -259,7 +261,7 @@ def _open_pinned(
     with contextlib.ExitStack() as failed:
         for each in found:
             failed.callback(each.close)
-        if found and found[-1].digest in digests.values() and found[-1].attached:
+        if resume and found and found[-1].digest in digests.values() and found[-1].attached:
             opened = found.pop()
         else:
             opened = _first_that_opens(tiers, settings, before_bcc=lambda: libbpf.hand_over(found, None))
