@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import subprocess
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import confluent_kafka
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -1094,44 +1092,10 @@ def test_plain_client_at_a_guarded_door(guarded: broker.Kafka) -> None:
 # --- answers that a healthy broker does not give ------------------------------------------------------------------
 
 
-class Mock:
-    """librdkafka's own mock broker, for the error codes that a real one gives only in rare trouble."""
-
-    def __init__(self) -> None:
-        (path,) = (Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs").glob("librdkafka*.so*")
-        self._lib = lib = ctypes.CDLL(str(path))
-        for name in ("rd_kafka_conf_new", "rd_kafka_new", "rd_kafka_mock_cluster_new"):
-            getattr(lib, name).restype = ctypes.c_void_p
-        lib.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
-        error = ctypes.create_string_buffer(512)
-        conf = ctypes.c_void_p(lib.rd_kafka_conf_new())
-        lib.rd_kafka_conf_set(conf, b"log_level", b"0", error, ctypes.c_size_t(512))
-        self._handle = ctypes.c_void_p(lib.rd_kafka_new(0, conf, error, ctypes.c_size_t(512)))
-        assert self._handle.value, error.value
-        self._cluster = ctypes.c_void_p(lib.rd_kafka_mock_cluster_new(self._handle, 1))
-        self.bootstrap = lib.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
-
-    def create(self, name: str) -> None:
-        """Make a topic of one partition."""
-        assert self._lib.rd_kafka_mock_topic_create(self._cluster, name.encode(), 1, 1) == 0
-
-    def answer_produce(self, *codes: int) -> None:
-        """Answer the next Produce requests with these codes."""
-        array = (ctypes.c_int * len(codes))(*codes)
-        self._lib.rd_kafka_mock_push_request_errors_array(
-            self._cluster, ctypes.c_int16(0), ctypes.c_size_t(len(codes)), array
-        )
-
-    def close(self) -> None:
-        """Stop it."""
-        self._lib.rd_kafka_mock_cluster_destroy(self._cluster)
-        self._lib.rd_kafka_destroy(self._handle)
-
-
 @pytest.fixture(scope="module")
-def mock() -> Iterator[Mock]:
+def mock() -> Iterator[broker.Mock]:
     """One mock broker for this module."""
-    cluster = Mock()
+    cluster = broker.Mock()
     yield cluster
     cluster.close()
 
@@ -1151,7 +1115,7 @@ _KILLS = 45  # OUT_OF_ORDER_SEQUENCE_NUMBER
 
 
 @pytest.fixture(scope="module")
-def mocked(mock: Mock) -> Iterator[edge.Publisher]:
+def mocked(mock: broker.Mock) -> Iterator[edge.Publisher]:
     """A publisher to a topic of the mock; tests look at the end of it."""
     mock.create("mocked")
     publisher = edge.Publisher("mocked", edge.settings(mock.bootstrap), key="node-1")
@@ -1161,7 +1125,7 @@ def mocked(mock: Mock) -> Iterator[edge.Publisher]:
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in _PASSES_INSIDE.items()])
-def test_trouble_that_librdkafka_heals(mock: Mock, mocked: edge.Publisher, topic: str, code: int) -> None:
+def test_trouble_that_librdkafka_heals(mock: broker.Mock, mocked: edge.Publisher, topic: str, code: int) -> None:
     """A publish succeeds as if nothing had been, and nothing is doubled."""
     values = some(10, topic)
     mock.answer_produce(code)
@@ -1171,7 +1135,7 @@ def test_trouble_that_librdkafka_heals(mock: Mock, mocked: edge.Publisher, topic
 
 
 @pytest.mark.parametrize("code", [pytest.param(code, id=name) for name, code in _COMES_OUT.items()])
-def test_trouble_that_passes(mock: Mock, mocked: edge.Publisher, topic: str, code: int) -> None:
+def test_trouble_that_passes(mock: broker.Mock, mocked: edge.Publisher, topic: str, code: int) -> None:
     """No error code that can pass drops an event: what was not acknowledged is named, and goes with the next try."""
     mocked.publish([b"before"])
     values = some(10, topic)
@@ -1186,7 +1150,7 @@ def test_trouble_that_passes(mock: Mock, mocked: edge.Publisher, topic: str, cod
     assert [b"before", *values] == values_of(parts_of(mock.bootstrap, "mocked", start=edge.Start.newest(11)))
 
 
-def test_dead_producer_is_replaced(mock: Mock, mocked: edge.Publisher) -> None:
+def test_dead_producer_is_replaced(mock: broker.Mock, mocked: edge.Publisher) -> None:
     """An error that kills the producer is no end: the next call has a new one."""
     mocked.publish([b"before"])
     mock.answer_produce(_KILLS)
@@ -1200,7 +1164,7 @@ def test_dead_producer_is_replaced(mock: Mock, mocked: edge.Publisher) -> None:
     assert expected == values_of(parts_of(mock.bootstrap, "mocked", start=edge.Start.newest(3)))
 
 
-def test_delivery_survives_a_dead_producer(mock: Mock, topic: str) -> None:
+def test_delivery_survives_a_dead_producer(mock: broker.Mock, topic: str) -> None:
     """The delivery goes on by itself."""
     mock.create(topic)
     publisher = edge.Publisher(topic, edge.settings(mock.bootstrap), key="node-1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.broker.mock import Mock
 from tests.broker.servers import (
     Kafka,
     Registry,
@@ -16,6 +17,7 @@ from tests.broker.servers import (
 
 __all__ = [
     "Kafka",
+    "Mock",
     "Registry",
     "ServerFailed",
     "avro_tools",
