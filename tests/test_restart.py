@@ -146,13 +146,16 @@ def test_kill_9_under_load(tmp_path: Path, pins: Path) -> None:
                 for _ in range(dice.randrange(1, 12)):
                     process.stdout.readline()
                 kill(agent)
-    with agent_running(*where):
+    # Other settings end the epoch: from then on its counts are exact, whoever else binds on this host.
+    with agent_running(*where, "--ring-bytes", "8MiB"):
         pass
 
-    found = events("--files", tmp_path)
+    every = events("--files", tmp_path)
+    found = [event for event in every if event["epoch"] == every[0]["epoch"]]
     counts = found[-1]["testimony"]["counts"]
     there = numbers(found, process.pid)
-    assert 1 == len({event["epoch"] for event in found})
+    assert 2 == len({event["epoch"] for event in every})
+    assert ("start", "stop") == (found[0]["kind"], found[-1]["kind"])
     assert [event["pos"] for event in found] == list(range(len(found)))
     assert there == sorted(set(there))
     lost = sum(count for name, count in counts.items() if name.startswith("lost_"))
@@ -161,9 +164,8 @@ def test_kill_9_under_load(tmp_path: Path, pins: Path) -> None:
     assert counts["attempted"] == counts["read"] + lost + counts["faulted"]
     assert counts["read"] == sum(event["kind"] == "bind" for event in found)
     assert there[-1] - there[0] + 1 - len(there) <= lost
-    verified = replay("--files", tmp_path, "--verify", "-o", "json")
-    assert (4 if lost else 0) == verified.code
-    assert len(found) - 1 == json.loads(verified.out)["proven"]
+    verdict = json.loads(replay("--files", tmp_path, "--verify", "-o", "json").out.splitlines()[0])
+    assert ("declared loss" if lost else "complete", len(found) - 1) == (verdict["state"], verdict["proven"])
 
 
 def test_a_topic_after_kill_9(tmp_path: Path, pins: Path, topic: str) -> None:
