@@ -1,7 +1,7 @@
 # Targets for people. `make` alone shows them.
 PY := .venv/bin/python
 
-.PHONY: help setup demo demo-kafka test test-kernels test-cluster check format bench wheel lock clean
+.PHONY: help setup demo demo-kafka test test-kernels test-faults test-cluster check format bench wheel lock clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test: check ## everything, on real parts: BPF on this kernel and in others, Apac
 
 test-kernels: setup ## every tier in Debian's kernels 5.10 to 7.3 and on arm64, in QEMU; writes the README's table
 	@$(PY) -m tests.kernel matrix --readme
+
+test-faults: setup ## faults under load, and what becomes of every attempt; writes the table of docs/delivery.md (root; 10 minutes)
+	@scripts/setup test
+	@$(PY) -m tests.faults matrix --write
 
 test-cluster: setup ## the agent as a DaemonSet of a real Kubernetes, built, started and stopped here (root; first time 15 minutes)
 	@scripts/setup test
