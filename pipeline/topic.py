@@ -217,12 +217,19 @@ class _Troubles:
     def __init__(self, topic: str, chosen: Mapping[str, str], say: Say) -> None:
         self._topic, self._chosen, self._say = topic, chosen, say
         self._said: tuple[int, float] | None = None
+        self._ended = False
         self.last: KafkaError | None = None
         self.all_down = False
         self.fatal: KafkaError | None = None
 
+    def end(self) -> None:
+        """Its client is closed: what is heard from now on is of the past."""
+        self._ended = True
+
     def heard(self, error: KafkaError) -> None:
         """The error callback."""
+        if self._ended:
+            return
         if error.fatal():
             self.fatal = error
         # "All brokers are down" follows the error that says why, and must not hide it.
@@ -1180,6 +1187,8 @@ class _Source:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Closing hands out what was heard before Kafka worked again.
+        self._troubles.end()
         self._consumer.close()
 
     # What there is to read.
