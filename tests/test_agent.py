@@ -196,8 +196,10 @@ def test_broker_down_at_start(topic: str) -> None:
         with kafka(port=port) as late:
             until(lambda: mine(events_or_none(*where))[: len(ports)] == ports, 30)
             assert late.bootstrap == f"127.0.0.1:{port}"
+            # Before the broker ends, which may be said too.
+            until_now = agent.talk
 
-    assert len(re.findall("cannot be reached", agent.talk)) == 1
+    assert len(re.findall("cannot be reached", until_now)) == 1
     assert len(agent.talk.splitlines()) < 12
 
 
@@ -327,9 +329,11 @@ def test_a_spool_that_is_full_is_declared(tmp_path: Path, topic: str) -> None:
     where = ["--topic", topic, "--bootstrap-servers", f"127.0.0.1:{port}"]
     limits = ["--spool", str(tmp_path), "--spool-bytes", "1MiB", "--queue-bytes", "1MiB", "--checkpoint-age", "1s"]
     with agent_running(*where, *limits, "--create-topic") as agent:
-        until(lambda: bool(some_binds(2000)) and "has not acknowledged all of it" in agent.talk, 90)
+        # What memory and the batch under way hold is not lost with its segments: more than that has to go.
+        until(lambda: bool(some_binds(2000)) and agent.talk.count("has not acknowledged all of it") >= 8, 90)
         with kafka(port=port):
-            until(lambda: any(event["kind"] == "loss" for event in events_or_none(*where)), 60)
+            # Where nobody binds a checkpoint, and with it what it declares, may take a minute.
+            until(lambda: bool(some_binds(1)) and any(event["kind"] == "loss" for event in events_or_none(*where)), 60)
             agent.process.send_signal(signal.SIGTERM)
             agent.process.wait(30)
             delivered = events(*where)
