@@ -746,11 +746,8 @@ def block_offsets(path: Path) -> tuple[list[int], bool]:
     file = _File(path)
     offsets: list[int] = []
     try:
-        at = _read_head(path, file).end
-        while at < file.size:
-            _, _, end = _frame(file, at)
+        for at, *_ in _frames(file, _read_head(path, file).end):
             offsets.append(at)
-            at = end + 16
     except (DatumDamaged, IndexError):
         return offsets, False
     finally:
@@ -958,6 +955,14 @@ def _frame(file: _File, at: int) -> tuple[int, int, int]:
     return count, start, end
 
 
+def _frames(file: _File, at: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(offset, count, start, end)`` of each block from ``at`` on, by their headers alone. Errors as ``_frame``."""
+    while at < file.size:
+        count, start, end = _frame(file, at)
+        yield at, count, start, end
+        at = end + 16
+
+
 def _read_head(path: Path, file: _File) -> _Head:
     if file.size == 0:
         raise IndexError if path.name.endswith(_PARTIAL) else DatumDamaged("is empty")
@@ -1085,14 +1090,12 @@ def glance(path: Path) -> Glance | None:
         head = _read_head(path, file)
         if head.first_pos is None or head.note or head.codec not in _CODECS:
             return None
-        total, at, last = 0, head.end, None
-        while at < file.size:
-            count, start, end = _frame(file, at)
+        total, last = 0, None
+        for last in _frames(file, head.end):
+            _, count, _, end = last
             if file.piece(end, 16) != head.sync:
                 return None
-            last = (at, count, start, end)
             total += count
-            at = end + 16
         if last is None:
             return None
         at, count, start, end = last
@@ -1132,12 +1135,8 @@ def _count(path: Path) -> int:
     except OSError:
         return 0
     try:
-        head = _read_head(path, file)
-        at = head.end
-        while at < file.size:
-            count, _, end = _frame(file, at)
+        for _, count, _, _ in _frames(file, _read_head(path, file).end):
             total += count
-            at = end + 16
     except (DatumDamaged, IndexError, OSError):
         pass
     finally:
