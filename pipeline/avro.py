@@ -22,6 +22,7 @@ import enum
 import functools
 import hashlib
 import io
+import itertools
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -841,10 +842,8 @@ class BlockDatums:
                     again.buffers()[1], np.int32, end - first + 1, again.offset * 4
                 ).tolist()
                 return [border - found[0] for border in found]
-        start, borders = self._border(first), [0]
-        for _ in range(first, end):
-            borders.append(_walk(self.schema._node, self._payload, start + borders[-1]) - start)
-        return borders
+        start = self._border(first)
+        return [border - start for border in _walked(self.schema, self._payload, start, end - first)]
 
     def _border(self, row: int) -> int:
         place = bisect.bisect_left(self._rows, row)
@@ -852,9 +851,7 @@ class BlockDatums:
             return self._bytes[place]
         border = self._encoded_border(row, place)
         if border is None:
-            border = self._bytes[place - 1]
-            for _ in range(self._rows[place - 1], row):
-                border = _walk(self.schema._node, self._payload, border)
+            border = _walked(self.schema, self._payload, self._bytes[place - 1], row - self._rows[place - 1])[-1]
         self._rows.insert(place, row)
         self._bytes.insert(place, border)
         return border
@@ -868,6 +865,14 @@ class BlockDatums:
             return start + len(again) if self._payload.startswith(again, start) else None
         again = encode_block(self._batch.slice(row, high - row))[1]
         return end - len(again) if self._payload.endswith(again, start, end) else None
+
+
+def _walked(schema: Schema, payload: bytes, at: int, rows: int) -> list[int]:
+    """Where each of so many datums from ``at`` on begins, and where the last one ends."""
+    borders = [at]
+    for _ in range(rows):
+        borders.append(_walk(schema._node, payload, borders[-1]))
+    return borders
 
 
 Datums: TypeAlias = MessageDatums | BlockDatums
@@ -1129,12 +1134,8 @@ def datums_of_block(payload: bytes, batch: pa.RecordBatch, writer: Schema) -> pa
     if writer.parsed != ours().parsed or bytes(encode_block(datums)[1]) == payload:
         return datums
     # The same events in other bytes, which only a walk can part.
-    parts, at = [], 0
-    for _ in range(batch.num_rows):
-        end = _walk(writer._node, payload, at)
-        parts.append(payload[at:end])
-        at = end
-    return pa.array(parts, pa.binary())
+    borders = _walked(writer, payload, 0, batch.num_rows)
+    return pa.array([payload[start:end] for start, end in itertools.pairwise(borders)], pa.binary())
 
 
 def _decode_group(group: Group, resolve: Callable[[int | bytes], Schema]) -> Decoded:
