@@ -659,9 +659,8 @@ def _open_tracepoints(
 def _open_functions(
     tier: str, attached: Attached, knobs: bytes, ring_bytes: int, held: contextlib.ExitStack, spares: bool
 ) -> tuple[int, list[str], tuple[str, ...]]:
-    if tier == "kprobe" and not Path("/sys/bus/event_source/devices/kprobe").exists():
-        # Attaching would say the same, a tenth of a second later.
-        raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)")
+    if tier == "kprobe":
+        _kprobes()  # attaching would say that there are none a tenth of a second later
     there = _functions_there(_FUNCTIONS) if tier == "fexit" else set(_FUNCTIONS)
     hooks_of = {name: _with_spares(hooks[tier]) if spares else hooks[tier] for name, hooks in _FUNCTIONS.items()}
     for function in _REQUIRED:
@@ -844,13 +843,19 @@ def _descriptor_of(link: int) -> int:
     return descriptor
 
 
-def _attach_probe(loaded: int, hook: Hook) -> tuple[int, ...]:
+def _kprobes() -> tuple[int, int]:
+    """The type of event that kprobes are here, and the bit of its configuration that makes it a return probe."""
     source = Path("/sys/bus/event_source/devices/kprobe")
     try:
         kind = int((source / "type").read_text(encoding="ascii"))
         bit = int((source / "format" / "retprobe").read_text(encoding="ascii").partition(":")[2])
     except OSError as error:
         raise TracerUnavailable("this kernel has no kprobes (it is built without CONFIG_KPROBE_EVENTS)") from error
+    return kind, bit
+
+
+def _attach_probe(loaded: int, hook: Hook) -> tuple[int, ...]:
+    kind, bit = _kprobes()
     function = ctypes.create_string_buffer(hook.target.encode())
     config = 1 << bit if hook.kind == "kretprobe" else 0
     return _attach_event(loaded, hook, kind, config, ctypes.addressof(function))
