@@ -794,8 +794,9 @@ def former_records(directory: Path, node: str, epoch: str) -> tuple[pa.RecordBat
 
     from pipeline import avro, spool
 
-    there = [found for found in spool.left_by_earlier_lives(directory, node, None, unpack) if found.epoch == epoch]
-    if not there:
+    # Nothing of earlier epochs is looked at: there may be years of them.
+    there = spool.left_by_earlier_lives(directory, node, spool.Place(epoch, -1), unpack)
+    if not there or there[0].epoch != epoch:
         return None
     _, lowest, last = there[0]
     span = _CHECKPOINT_SPAN
@@ -978,14 +979,14 @@ def _recovered(store: Path, settings: config.AgentConfig, epoch: str) -> tuple[p
         if not any(segment.epoch == epoch for segment in archive.segments(store, settings.node)):
             raise LookupError(epoch)
         return former_records(store, settings.node, epoch)
-    except (SinkUnavailable, OSError):
+    except OSError:
         return None
 
 
 def _read_out(
     old: Tracer,
     stream: testimony.Stream,
-    former: Former | None,
+    former: Former,
     settings: config.AgentConfig,
     clock: Clock,
     log: telemetry.Log,
@@ -998,7 +999,7 @@ def _read_out(
     store = _store_of(settings)
     assert store is not None
     log.info("What a former agent's tracer has recorded is read out.", tracer=old.name, epoch=stream.epoch)
-    if former is not None and former.missing:
+    if former.missing:
         log.error("Records had left the ring and are not on disk.", records=former.missing)
     files = Files(lambda: _writer(settings, store, stream.epoch, None), store, settings.queue_bytes, log, spool=True)
     old.detach()
