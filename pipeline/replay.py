@@ -18,7 +18,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipeline import config, event, telemetry
 from pipeline.errors import BindsnoopError, Damaged, SchemaUnknown, SourceUnavailable
@@ -36,22 +36,28 @@ class Found(NamedTuple):
     """Events in the order of their source, and the share of it that is behind with them, from 0 to 1.
 
     ``datums`` gives the datum of each row of the batch that was read, in the bytes in which it came. ``excerpt`` says
-    by which filters they were cut out of a stream before; empty for a whole one.
+    by which filters they were cut out of a stream before; empty for a whole one. ``source`` is the file.
     """
 
     batch: pa.RecordBatch
     share: float
     datums: Callable[[], pa.BinaryArray]
     excerpt: str = ""
+    source: str = ""
 
 
 class Unread(NamedTuple):
-    """Something that could not be read: where, why, how many records at least, and whether that is damage."""
+    """Something that could not be read: where, why, how many records at least, and whether that is damage.
+
+    ``source`` is the file or partition. Without ``counted`` nobody knows how many records it were.
+    """
 
     place: str
     reason: str
     records: int = 1
     damage: bool = True
+    source: str = ""
+    counted: bool = True
 
 
 class Evidence(NamedTuple):
@@ -61,6 +67,9 @@ class Evidence(NamedTuple):
     datums: avro.Datums
     source: str
     share: float
+
+
+_Read = TypeVar("_Read", Found, Evidence)
 
 
 class Schemas:
@@ -181,36 +190,54 @@ def _decoded(name: str, parts: Iterable[topic.Messages | topic.Unread], schemas:
 
     for part in parts:
         if isinstance(part, topic.Unread):
-            count = part.end - part.start
-            yield Unread(f"topic {name}[{part.partition}] offsets {part.start} to {part.end - 1}", part.reason, count)
+            yield _offsets_unread(name, part)
             continue
         decoded = avro.decode_messages(part.values, schemas.resolve)
-        for bad in decoded.bad:
-            yield Unread(f"topic {name}[{part.partition}] offset {part.offset(bad.index)}", bad.reason)
+        yield from _messages_unread(name, part, decoded.bad)
         datums = functools.partial(avro.datums_of_messages, part.values, decoded, schemas.resolve)
         yield Found(decoded.batch, part.done / max(part.total, 1), datums)
 
 
+def _offsets_unread(name: str, part: topic.Unread) -> Unread:
+    source = f"topic {name}[{part.partition}]"
+    place = f"{source} offsets {part.start} to {part.end - 1}"
+    return Unread(place, part.reason, part.end - part.start, source=source)
+
+
+def _messages_unread(name: str, part: topic.Messages, bad: Iterable[avro.Bad]) -> Iterator[Unread]:
+    source = f"topic {name}[{part.partition}]"
+    for one in bad:
+        yield Unread(f"{source} offset {part.offset(one.index)}", one.reason, source=source)
+
+
 def _from_files(settings: config.ReplayConfig) -> Iterator[Found | Unread]:
+    excerpts: set[str] = set()
+    for part in _blocks(settings, _block):
+        if isinstance(part, Found) and part.excerpt and part.excerpt not in excerpts:
+            excerpts.add(part.excerpt)
+            yield Unread(part.source, f"an excerpt by {part.excerpt[:1000]}; the rest is not in it", 0, damage=False)
+        yield part
+
+
+def _blocks(settings: config.ReplayConfig, read: Callable[[archive.Block], _Read]) -> Iterator[_Read | Unread]:
+    """What ``read`` makes of each block of the files, and in its place what it cannot make anything of."""
     from pipeline import archive
 
-    excerpts: set[str] = set()
     for part in archive.read(settings.files, settings.since_us, settings.until_us):
+        source = str(part.path)
         if isinstance(part, archive.Unread):
-            yield Unread(f"{part.path} bytes {part.start} to {part.end}", part.reason, damage=part.damage)
+            place = f"{source} bytes {part.start} to {part.end}"
+            yield Unread(place, part.reason, damage=part.damage, source=source, counted=False)
             continue
-        if part.excerpt and part.excerpt not in excerpts:
-            excerpts.add(part.excerpt)
-            yield Unread(str(part.path), f"an excerpt by {part.excerpt[:1000]}; the rest is not in it", 0, damage=False)
         try:
-            yield _block(part)
+            yield read(part)
         except Damaged:
             # Small blocks come together; the others of them may still be whole.
             for block in part.split():
                 try:
-                    yield _block(block)._replace(share=part.share)
+                    yield read(block)._replace(share=part.share)
                 except Damaged as error:
-                    yield Unread(f"{block.path} block at byte {block.offset}", str(error), block.count)
+                    yield Unread(f"{source} block at byte {block.offset}", str(error), block.count, source=source)
 
 
 def _block(block: archive.Block) -> Found:
@@ -219,49 +246,26 @@ def _block(block: archive.Block) -> Found:
     schema = avro.admit(block.schema_text)
     batch = avro.decode_block(block.payload, block.count, schema)
     datums = functools.partial(avro.datums_of_block, block.payload, batch, schema)
-    return Found(batch, block.share, datums, block.excerpt)
+    return Found(batch, block.share, datums, block.excerpt, str(block.path))
 
 
-Heard = Callable[[str, str, int | None], None]
-"""Told of what could not be read: the file or partition, the place and reason, and of how many records, if known."""
-
-
-def evidence(settings: config.ReplayConfig, schemas: Schemas, heard: Heard) -> Iterator[Evidence | Unread]:
-    """The reading path of ``--verify``: as ``found``, with the bytes. ``heard`` learns what could not be read."""
-    from pipeline import archive, avro
-
+def evidence(settings: config.ReplayConfig, schemas: Schemas) -> Iterator[Evidence | Unread]:
+    """The reading path of ``--verify``: as ``found``, with the bytes."""
     if settings.topic is not None:
-        from pipeline import topic
+        from pipeline import avro, topic
 
         for part in topic.read(settings.topic, _client(settings), start=_start(settings)):
-            source = f"topic {settings.topic}[{part.partition}]"
             if isinstance(part, topic.Unread):
-                place = f"{source} offsets {part.start} to {part.end - 1}"
-                heard(source, f"{place}: {part.reason}", part.end - part.start)
-                yield Unread(place, part.reason, part.end - part.start)
+                yield _offsets_unread(settings.topic, part)
                 continue
             groups, bad = avro.decode_groups(part.values, schemas.resolve)
-            for one in bad:
-                heard(source, f"{source} offset {part.offset(one.index)}: {one.reason}", 1)
-                yield Unread(f"{source} offset {part.offset(one.index)}", one.reason)
+            yield from _messages_unread(settings.topic, part, bad)
             for batch, datums in groups:
-                yield Evidence(batch, datums, source, part.done / max(part.total, 1))
-    for block in archive.read(settings.files, settings.since_us, settings.until_us) if settings.files else ():
-        if isinstance(block, archive.Unread):
-            if block.damage:
-                heard(str(block.path), f"{block.path} bytes {block.start} to {block.end}: {block.reason}", None)
-            yield Unread(f"{block.path} bytes {block.start} to {block.end}", block.reason, damage=block.damage)
-            continue
-        try:
-            yield _evidence(block)
-        except Damaged:
-            for part_ in block.split():
-                try:
-                    yield _evidence(part_)
-                except Damaged as error:
-                    place = f"{part_.path} block at byte {part_.offset}"
-                    heard(str(part_.path), f"{place}: {error}", part_.count)
-                    yield Unread(place, str(error), part_.count)
+                yield Evidence(
+                    batch, datums, f"topic {settings.topic}[{part.partition}]", part.done / max(part.total, 1)
+                )
+    if settings.files:
+        yield from _blocks(settings, _evidence)
 
 
 def _evidence(block: archive.Block) -> Evidence:
@@ -422,14 +426,17 @@ def verify(
     settings: config.ReplayConfig, verifier: verification.Verifier, schemas: Schemas, tally: Tally
 ) -> list[verification.Verdict]:
     """Read everything, and once more where something came twice, for a verdict on each node and epoch."""
-    for part in evidence(settings, schemas, verifier.unread):
+    for part in evidence(settings, schemas):
         if isinstance(part, Unread):
+            if part.damage:
+                records = part.records if part.counted else None
+                verifier.unread(part.source, f"{part.place}: {part.reason}", records)
             tally.unread(part)
         else:
             tally.found(part)
             verifier.add(part.batch, part.datums, part.source)
     if verifier.settle():
-        for part in evidence(settings, schemas, lambda *_: None):
+        for part in evidence(settings, schemas):
             # What cannot be read was said the first time.
             if isinstance(part, Evidence):
                 verifier.compare(part.batch, part.datums)
