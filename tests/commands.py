@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.tracer import host
+
 BIN = Path(sys.executable).parent
 
 
@@ -99,6 +101,27 @@ def agent_running(
                 process.wait()
                 agent.code = process.returncode
                 assert agent.talk is not None
+
+
+@contextmanager
+def small_disk(size: str) -> Iterator[Path]:
+    """A file system of so many bytes, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "bindsnoop-test", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def bpffs() -> Iterator[Path]:
+    """A folder, not made yet, in a bpffs of this test's own, which every process of this user can reach."""
+    mounted = host.private_mount("bpf")
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
+    finally:
+        os.close(mounted)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

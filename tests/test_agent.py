@@ -11,9 +11,7 @@ import re
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import pytest
 from pipeline.agent import Ledger, Undelivered
 from tests import stored
 from tests.broker import Kafka, Registry, free_ports, kafka, registry
-from tests.commands import BIN, agent_running, environment, replay, run, until
+from tests.commands import BIN, agent_running, environment, replay, run, small_disk, until
 
 ME = str(os.getpid())
 ROOT = Path(__file__).parent.parent
@@ -353,17 +351,6 @@ def test_a_spool_that_cannot_be_written(tmp_path: Path, kafka: Kafka, topic: str
     assert mine(events(*where)) == ports
     assert 1 == agent.talk.count("cannot be written")
     assert agent.code == 0
-
-
-@contextlib.contextmanager
-def small_disk(size: str) -> Iterator[Path]:
-    """A file system of so many bytes, in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "bindsnoop-test", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_full_disk() -> None:

@@ -33,7 +33,7 @@ from pipeline import records
 from pipeline.errors import TracerUnavailable, UsageError
 from pipeline.tracer import Burst, Tracer, Wanted, host, libbpf, open_tracer, pins
 from pipeline.tracer.ring import Ring
-from tests.commands import Done, run, until
+from tests.commands import Done, bpffs, run, until
 from tests.kernel.binds import bind, tcp
 from tests.kernel.plugin import build
 
@@ -57,9 +57,8 @@ def built() -> None:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder in a bpffs of this test's own, which every process of this user can reach."""
-    mounted = host.private_mount("bpf")
-    yield Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
-    os.close(mounted)
+    with bpffs() as folder:
+        yield folder
 
 
 class Binder:

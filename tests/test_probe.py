@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import TracerUnavailable
-from pipeline.tracer import TIERS, coverage, host, libbpf, open_tracer, probe
-from tests.commands import BIN, agent_running, environment, replay, run, until
+from pipeline.tracer import TIERS, coverage, libbpf, open_tracer, probe
+from tests.commands import BIN, agent_running, bpffs, environment, replay, run, until
 from tests.kernel.plugin import build
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +46,8 @@ def built() -> None:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder in a bpffs of this test's own, which every process of this user can reach."""
-    mounted = host.private_mount("bpf")
-    yield Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
-    os.close(mounted)
+    with bpffs() as folder:
+        yield folder
 
 
 def probed(*argv: str, **extra: str) -> tuple[int, Json]:

@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracer import host
 from tests.broker import Kafka, free_ports, kafka
-from tests.commands import Agent, agent_running, replay, run, until
+from tests.commands import Agent, agent_running, bpffs, replay, run, small_disk, until
 from tests.kernel.plugin import build
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="tracing needs root")
@@ -39,11 +38,8 @@ def built() -> None:
 @pytest.fixture
 def pins() -> Iterator[Path]:
     """A folder in a bpffs of this test's own."""
-    mounted = host.private_mount("bpf")
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
-    finally:
-        os.close(mounted)
+    with bpffs() as folder:
+        yield folder
 
 
 def bind(number: int) -> None:
@@ -262,7 +258,7 @@ def test_no_bind_falls_between_a_ring_that_ends_and_the_next(tmp_path: Path, pin
 
 def test_what_a_disk_refused_before_the_kill(pins: Path) -> None:
     """Records that had left the ring and were in memory alone are declared, and no position is given twice."""
-    with _small_disk() as disk:
+    with small_disk("3m") as disk:
         where = ["--files", str(disk / "archive"), "--pins", str(pins)]
         with agent_running(*where) as agent:
             bind(1)
@@ -296,7 +292,7 @@ def test_a_disk_that_is_read_only_at_the_start(pins: Path, kafka: Kafka, topic: 
     """What is on it is read, so the epoch goes on, with what waited in the ring; the topic gets it from memory, and the
     disk when it can be written again."""
     where = ["--topic", topic, "--bootstrap-servers", kafka.bootstrap]
-    with _small_disk() as disk:
+    with small_disk("3m") as disk:
         agent_of = [*where, "--create-topic", "--pins", str(pins), "--spool", str(disk / "spool")]
         with agent_running(*agent_of) as agent:
             bind(1)
@@ -315,18 +311,6 @@ def test_a_disk_that_is_read_only_at_the_start(pins: Path, kafka: Kafka, topic: 
     assert [1, 2, 3, 4] == sorted(numbers(found, os.getpid()))
     assert 1 == len({event["epoch"] for event in found})
     assert 0 == replay(*where, "--verify").code
-
-
-@contextlib.contextmanager
-def _small_disk() -> Iterator[Path]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "bindsnoop-test", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_two_agents_on_one_node(tmp_path: Path, pins: Path) -> None:

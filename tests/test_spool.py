@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline import archive, avro, spool
 from pipeline.agent import unpack
 from pipeline.errors import SinkUnavailable
-from tests import stored
+from tests import commands, stored
 from tests.strategies import batches
 
 EPOCH = "019a0b1c2d3e4f50"
@@ -355,12 +353,8 @@ def test_what_is_not_acknowledged_goes_last(
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     """A file system of 12 MiB."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "bindsnoop-test", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
+    with commands.small_disk("12m") as folder:
+        yield folder
 
 
 def test_on_a_full_disk_the_oldest_goes(small_disk: Path) -> None:

@@ -10,10 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
@@ -32,6 +30,7 @@ from hypothesis import strategies as st
 
 from pipeline import topic as edge
 from pipeline.errors import SchemaUnknown, SinkFatal, SinkRejected, SinkUnavailable, SourceUnavailable, UsageError
+from pipeline.spool import Part
 from tests import broker
 from tests.broker import servers
 
@@ -481,16 +480,6 @@ def test_put_never_blocks() -> None:
     delivery.close()
 
     assert taken < 1
-
-
-class Part(NamedTuple):
-    """What a disk has of a range."""
-
-    first_pos: int
-    last_pos: int
-    positions: npt.NDArray[np.int64]
-    datums: pa.BinaryArray
-    reason: str = ""
 
 
 class Disk:

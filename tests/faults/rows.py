@@ -26,9 +26,9 @@ from confluent_kafka.admin import (
 )
 
 from tests.broker import Mock, free_ports, registry
-from tests.commands import Agent, run, until
+from tests.commands import Agent, run, small_disk, until
 from tests.faults.matrix import Fault, Row
-from tests.faults.stage import Stage, disk, events, goes_on, kill, pause, stopped
+from tests.faults.stage import Stage, events, goes_on, kill, pause, stopped
 
 
 class Planned(NamedTuple):
@@ -353,7 +353,7 @@ def _fill(folder: Path, agent: Agent, until_said: str) -> Path:
 @_fault("disk full", "under load")
 def disk_full(stage: Stage) -> Row:
     """No byte is left for some seconds; the topic gets everything from memory."""
-    with disk("16m") as folder:
+    with small_disk("16m") as folder:
         stage.spool = folder / "spool"
         with stage.agent("--segment-bytes", "64KiB") as agent:
             binder = stage.bind()
@@ -369,7 +369,7 @@ def disk_full(stage: Stage) -> Row:
 @_fault("disk full, broker away, 1 MiB of memory", "under load", DECLARED)
 def disk_full_and_broker_away(stage: Stage) -> Row:
     """Memory for 1 MiB, no room on disk and nobody to deliver to: the oldest goes, and is declared."""
-    with disk("16m") as folder:
+    with small_disk("16m") as folder:
         stage.spool = folder / "spool"
         stage.broker.stop()
         with stage.agent("--queue-bytes", "1MiB", "--segment-bytes", "64KiB") as agent:
@@ -417,7 +417,7 @@ def spool_too_small_at_the_end(stage: Stage) -> Row:
 @_fault("disk read-only, after SIGKILL", "at the start")
 def disk_read_only(stage: Stage) -> Row:
     """Mounted read-only while no agent runs, for only then no file of it is open, and writable again under the next."""
-    with disk("64m") as folder:
+    with small_disk("64m") as folder:
         stage.spool = folder / "spool"
 
         def mounted(mode: str) -> bool:

@@ -19,9 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.tracer import host
 from tests.broker import Kafka, kafka
-from tests.commands import Agent, agent_running, replay, until
+from tests.commands import Agent, agent_running, bpffs, replay, until
 from tests.faults.matrix import Fault, Json, Row, numbers, row
 
 _LOGIN = ["-X", "security.protocol=SASL_PLAINTEXT", "-X", "sasl.mechanism=PLAIN"]
@@ -198,17 +197,6 @@ def pause(seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def disk(size: str) -> Iterator[Path]:
-    """A file system of so many bytes, in a folder of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "bindsnoop-test", folder], check=True)
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
-
-
-@contextlib.contextmanager
 def guarded() -> Iterator[Kafka]:
     """A broker that asks who comes, and lets everybody do everything that no rule speaks of."""
     plain = "org.apache.kafka.common.security.plain.PlainLoginModule required"
@@ -229,12 +217,7 @@ _numbers = itertools.count(1)
 @contextlib.contextmanager
 def stage(fault: Fault, broker: Kafka) -> Iterator[Stage]:
     """A place for one row."""
-    mounted = host.private_mount("bpf")
-    try:
-        with tempfile.TemporaryDirectory(prefix="bindsnoop-faults-") as folder:
-            pins = Path(f"/proc/{os.getpid()}/fd/{mounted}/pins")
-            made = Stage(fault, broker, f"faults-{os.getpid()}-{next(_numbers)}", Path(folder), pins)
-            with contextlib.closing(made):
-                yield made
-    finally:
-        os.close(mounted)
+    with bpffs() as pins, tempfile.TemporaryDirectory(prefix="bindsnoop-faults-") as folder:
+        made = Stage(fault, broker, f"faults-{os.getpid()}-{next(_numbers)}", Path(folder), pins)
+        with contextlib.closing(made):
+            yield made
